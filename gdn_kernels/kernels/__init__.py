@@ -1,0 +1,1 @@
+"""Triton kernels and their launch functions, one file an operator family; imported on the first GPU call."""

@@ -1,0 +1,77 @@
+"""Device functions that every kernel shares: the one definition of gate, sigmoid, softplus and l2norm on a GPU.
+
+All of them take and return fp32. They use no inline assembly and no libdevice, so they run in the interpreter too.
+
+    softplus(x) = x for x > 20, else log1p(exp(x))
+    gate        = -exp(A_log) * softplus(a + dt_bias)         natural log of the decay, <= 0
+    l2norm      = x / sqrt(sum x^2 + eps)
+"""
+
+import triton
+import triton.language as tl
+
+# Above it exp(-x) < 2.1e-9, less than half an fp32 ulp of x: softplus is the identity.
+SOFTPLUS_THRESHOLD = tl.constexpr(20.0)
+# Up to it log1p is a series; above, log(1 + y) is at least 0.4, where the hardware log has full relative accuracy.
+LOG1P_SERIES_LIMIT = tl.constexpr(0.5)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for y >= 0, with fp32's relative accuracy down to the smallest y."""
+    # log1p(y) = 2 atanh(s), s = y / (2 + y) <= 0.2: the first term left out is s^12 / 13 < 4e-10.
+    s = y / (2.0 + y)
+    s2 = s * s
+    series = 1.0 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 * (1.0 / 9 + s2 * (1.0 / 11)))))
+    return tl.where(y <= LOG1P_SERIES_LIMIT, 2.0 * s * series, tl.log(1.0 + y))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)); +inf stays +inf, -inf gives 0, NaN stays NaN."""
+    return tl.where(x > SOFTPLUS_THRESHOLD, x, log1p(tl.exp(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); 0 and 1 at the infinities."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x), as one division."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gate(a, A_log, dt_bias):
+    """Natural-log decay of one token; -inf for a = +inf, 0 for a = -inf."""
+    return -tl.exp(A_log) * softplus(a + dt_bias)
+
+
+@triton.jit
+def is_slot(index, num_slots, pad_slot_id):
+    """True where ``index`` is a slot of the pool: in range and not the padding slot."""
+    return (index >= 0) & (index < num_slots) & (index != pad_slot_id)
+
+
+@triton.jit
+def inv_l2norm(sum_of_squares, eps):
+    """1 / sqrt(sum of squares + eps), with a correctly rounded root and quotient."""
+    return tl.div_rn(1.0, tl.sqrt_rn(sum_of_squares + eps))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On the host
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def stride_unit(itemsize: int, *strides: int) -> int:
+    """Elements in 16 bytes if every stride is a multiple of that, else 1.
+
+    Kernels take runtime strides in this unit, as a constexpr, and multiply it back: so the compiler sees that rows
+    start on 16 bytes and loads whole vectors, while no stride is specialised.
+    """
+    unit = 16 // itemsize
+    return unit if all(stride % unit == 0 for stride in strides) else 1

@@ -1,0 +1,41 @@
+"""``packed_decode`` on a GPU: one token a sequence, gate, sigmoid, l2norm and recurrence in one launch.
+
+The kernel is the recurrent one with a single token and raw gates; q, k and v are column views of ``mixed_qkv``, read in
+place by their strides. So decode has the bits of a verification of one token.
+"""
+
+from gdn_kernels.kernels.recurrent import recurrent_gated_delta_rule_paged
+
+
+def packed_decode(
+    mixed_qkv,
+    a,
+    b,
+    A_log,
+    dt_bias,
+    state,
+    state_indices,
+    *,
+    num_k_heads,
+    scale=None,
+    use_qk_l2norm=True,
+    pad_slot_id=-1,
+):
+    HV, V, K = state.shape[1:]
+    keys = num_k_heads * K
+    q, k, v = mixed_qkv.unsqueeze(1).split((keys, keys, HV * V), dim=-1)
+    o = recurrent_gated_delta_rule_paged(
+        q.unflatten(-1, (num_k_heads, K)),
+        k.unflatten(-1, (num_k_heads, K)),
+        v.unflatten(-1, (HV, V)),
+        a.unsqueeze(1),
+        b.unsqueeze(1),
+        state,
+        state_indices,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        pad_slot_id=pad_slot_id,
+    )
+    return o.squeeze(1)

@@ -1,0 +1,275 @@
+"""Gated normalisation and l2norm.
+
+    RMS:      n(u) = u / sqrt(mean u^2 + eps)
+    layer:    n(u) = (u - mean u) / sqrt(mean (u - mean u)^2 + eps)
+    l2:       n(u) = u / sqrt(sum u^2 + eps)
+    norm_before_gate:  y = (n(x) * w + b) * act(z)         else:  y = n(x * act(z)) * w + b
+
+x, z, out ``[..., D]``, last dim contiguous, other strides their own; weight, bias ``[D]``. The statistics are those
+of one group of ``group_size`` columns. Sums and everything else are fp32. One program takes one group of a few rows;
+a group wider than a tile is walked tile by tile, and read again for each statistic. Rows may have two dimensions that
+do not collapse into one (a ``[T, HV, V]`` column view of a wider matrix is read in place). Leaves out fp64, which the
+reference covers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gdn_kernels import launch
+from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit
+
+
+@triton.jit
+def _row_offsets(outer, inner, stride_outer, stride_inner, unit: tl.constexpr):
+    """Element offset of each row, int64, known to be a multiple of ``unit``."""
+    return (outer * (stride_outer * unit) + inner * (stride_inner * unit))[:, None]
+
+
+@triton.jit
+def _mask(row_ok, cols, group_size: tl.constexpr, tile: tl.constexpr):
+    """Rows in range, and columns in range where the group does not fill its tiles."""
+    if group_size % tile == 0:
+        mask = row_ok[:, None]
+    else:
+        mask = row_ok[:, None] & (cols < group_size)[None, :]
+    return mask
+
+
+@triton.jit
+def _load(x_rows, z_rows, cols, mask, activation: tl.constexpr, norm_before_gate: tl.constexpr):
+    """One tile: what the norm is taken of, 0 where masked, and the gate still to apply (1 where there is none)."""
+    u = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = 1.0
+    if z_rows is not None:
+        z = tl.load(z_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        act = sigmoid(z) if activation == "sigmoid" else silu(z)
+        if norm_before_gate:
+            gate = act
+        else:
+            u = u * act
+    return u, gate
+
+
+@triton.jit
+def _store(out_rows, normed, gate, weight_ptr, bias_ptr, cols, mask, group_size: tl.constexpr, tile: tl.constexpr):
+    """(normed * w + b) * gate of one tile; ``weight_ptr`` and ``bias_ptr`` start at the group."""
+    y = normed
+    if weight_ptr is not None:
+        col_ok = cols < group_size if group_size % tile != 0 else None
+        y = y * tl.load(weight_ptr + cols, mask=col_ok).to(tl.float32)[None, :]
+        if bias_ptr is not None:
+            y = y + tl.load(bias_ptr + cols, mask=col_ok).to(tl.float32)[None, :]
+    tl.store(out_rows + cols[None, :], (y * gate).to(out_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows",
+        "n_inner",
+        "stride_x_outer",
+        "stride_x_inner",
+        "stride_z_outer",
+        "stride_z_inner",
+        "stride_out_outer",
+        "stride_out_inner",
+    ]
+)
+def norm_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    out_ptr,
+    n_rows: tl.int32,
+    n_inner: tl.int32,
+    stride_x_outer: tl.int64,
+    stride_x_inner: tl.int64,
+    stride_z_outer: tl.int64,
+    stride_z_inner: tl.int64,
+    stride_out_outer: tl.int64,
+    stride_out_inner: tl.int64,
+    eps,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_BEFORE_GATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    rows = (program // NUM_GROUPS) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = (program % NUM_GROUPS) * GROUP_SIZE
+    row_ok = rows < n_rows
+    outer = (rows // n_inner).to(tl.int64)
+    inner = (rows % n_inner).to(tl.int64)
+    tile = tl.arange(0, BLOCK_COLS)
+
+    x_rows = x_ptr + first + _row_offsets(outer, inner, stride_x_outer, stride_x_inner, STRIDE_UNIT)
+    out_rows = out_ptr + first + _row_offsets(outer, inner, stride_out_outer, stride_out_inner, STRIDE_UNIT)
+    z_rows = None
+    if z_ptr is not None:
+        z_rows = z_ptr + first + _row_offsets(outer, inner, stride_z_outer, stride_z_inner, STRIDE_UNIT)
+    weight = weight_ptr + first if weight_ptr is not None else None
+    bias = bias_ptr + first if bias_ptr is not None else None
+    # RMS and layer norm take the mean square, l2norm the sum.
+    SHARE: tl.constexpr = 1.0 if NORM == "l2" else 1.0 / GROUP_SIZE
+
+    if GROUP_SIZE <= BLOCK_COLS:
+        # The tile stays in registers from the statistics to the store.
+        mask = _mask(row_ok, tile, GROUP_SIZE, BLOCK_COLS)
+        u, gate = _load(x_rows, z_rows, tile, mask, ACTIVATION, NORM_BEFORE_GATE)
+        if NORM == "layer":
+            u = tl.where(mask, u - (tl.sum(u, axis=1) * SHARE)[:, None], 0.0)
+        scale = inv_l2norm(tl.sum(u * u, axis=1) * SHARE, eps)[:, None]
+        _store(out_rows, u * scale, gate, weight, bias, tile, mask, GROUP_SIZE, BLOCK_COLS)
+    else:
+        mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
+        if NORM == "layer":
+            sums = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+            for start in range(0, GROUP_SIZE, BLOCK_COLS):
+                cols = start + tile
+                mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
+                u, _ = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
+                sums += u
+            mean = (tl.sum(sums, axis=1) * SHARE)[:, None]
+        squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+        for start in range(0, GROUP_SIZE, BLOCK_COLS):
+            cols = start + tile
+            mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
+            u, _ = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
+            u = tl.where(mask, u - mean, 0.0)
+            squares += u * u
+        scale = inv_l2norm(tl.sum(squares, axis=1) * SHARE, eps)[:, None]
+        for start in range(0, GROUP_SIZE, BLOCK_COLS):
+            cols = start + tile
+            mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
+            u, gate = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
+            _store(out_rows, (u - mean) * scale, gate, weight, bias, cols, mask, GROUP_SIZE, BLOCK_COLS)
+
+
+def _row_dims(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    """Row dimensions as (size, stride of each tensor), outermost first: those of size 1 dropped, neighbours merged
+    where all tensors allow."""
+    dims: list[tuple[int, ...]] = []
+    for size, *strides in zip(tensors[0].shape[:-1], *(tensor.stride() for tensor in tensors), strict=False):
+        if size == 1:
+            continue
+        if dims and all(before == size * stride for before, stride in zip(dims[-1][1:], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * size, *strides)
+        else:
+            dims.append((size, *strides))
+    return dims
+
+
+def _launch(
+    kernel_name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    norm: str,
+    norm_before_gate: bool,
+    eps: float,
+    group_size: int,
+    activation: str,
+) -> None:
+    if x.numel() == 0:
+        return
+    tensors = [x, out] if z is None else [x, out, z]
+    dims = _row_dims(tensors)
+    if len(dims) > 2:
+        raise NotImplementedError(
+            f"x, z and out must have at most two row dimensions that do not collapse, got {len(dims)}: "
+            f"shape {tuple(x.shape)}, strides {', '.join(str(tensor.stride()) for tensor in tensors)}"
+        )
+    none = (1,) + (0,) * len(tensors)
+    (n_outer, *outer), (n_inner, *inner) = ([none, none] + dims)[-2:]
+    unit = stride_unit(x.element_size(), x.shape[-1], *outer, *inner)
+    strides = [(a // unit, b // unit) for a, b in zip(outer, inner, strict=True)]
+    x_strides, out_strides, z_strides = strides if z is not None else (*strides, (0, 0))
+    n_rows = n_outer * n_inner
+    num_groups = x.shape[-1] // group_size
+
+    config = launch.config(kernel_name, group_size)
+    launch.run(
+        norm_kernel,
+        (triton.cdiv(n_rows, config.block_rows) * num_groups,),
+        x,
+        weight,
+        bias,
+        z,
+        out,
+        n_rows,
+        n_inner,
+        *x_strides,
+        *z_strides,
+        *out_strides,
+        float(eps),
+        config=config,
+        NUM_GROUPS=num_groups,
+        GROUP_SIZE=group_size,
+        STRIDE_UNIT=unit,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_COLS=config.block_cols,
+        NORM=norm,
+        NORM_BEFORE_GATE=norm_before_gate,
+        ACTIVATION="sigmoid" if activation == "sigmoid" else "silu",
+    )
+
+
+def layer_norm_gated_out(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    norm_before_gate: bool,
+    is_rms_norm: bool = True,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    activation: str = "silu",
+) -> None:
+    norm = "rms" if is_rms_norm else "layer"
+    group_size = x.shape[-1] if group_size is None else group_size
+    # Without z there is nothing to order: one binary for both values.
+    before = norm_before_gate or z is None
+    _launch("layer_norm_gated", x, weight, bias, z, out, norm, before, eps, group_size, activation)
+
+
+def layer_norm_gated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    *,
+    norm_before_gate: bool,
+    is_rms_norm: bool = True,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    layer_norm_gated_out(
+        x,
+        weight,
+        bias,
+        z,
+        out,
+        norm_before_gate=norm_before_gate,
+        is_rms_norm=is_rms_norm,
+        eps=eps,
+        group_size=group_size,
+        activation=activation,
+    )
+    return out
+
+
+def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    _launch("l2norm", x, None, None, None, out, "l2", True, eps, x.shape[-1], "silu")
+    return out

@@ -1,0 +1,608 @@
+"""The gated delta rule, token by token, on a GPU: functional, on a state pool, and for verification.
+
+Per value head, everything in fp32, S of [V, K]:
+
+    S <- exp(g) S;   S <- S + beta (v - S k) k^T;   o = scale S q
+
+One program owns BLOCK_V rows of one head's state of one sequence and walks its tokens with the state in registers.
+Rows of S never meet, so the result does not depend on BLOCK_V or on the rest of the batch. q and k are [.., H, K], v and
+o [.., HV, V], states [slot, HV, V, K] with K last. Decode is this kernel with one token a sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gdn_kernels import launch
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid
+
+L2NORM_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def load_token(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    beta_ptr,
+    A_log,
+    dt_bias,
+    beta_scale,
+    rows,
+    K: tl.constexpr,
+    IS_RAW_GATE: tl.constexpr,
+    USE_QK_L2NORM: tl.constexpr,
+):
+    """q, k, v, g, beta of the token the pointers stand at, in fp32."""
+    columns = tl.arange(0, K)
+    q = tl.load(q_ptr + columns).to(tl.float32)
+    k = tl.load(k_ptr + columns).to(tl.float32)
+    v = tl.load(v_ptr + rows).to(tl.float32)
+    g = tl.load(g_ptr).to(tl.float32)
+    beta = tl.load(beta_ptr).to(tl.float32)
+    if USE_QK_L2NORM:
+        q = q * inv_l2norm(tl.sum(q * q, axis=0), L2NORM_EPS)
+        k = k * inv_l2norm(tl.sum(k * k, axis=0), L2NORM_EPS)
+    if IS_RAW_GATE:
+        g = gate(g, A_log, dt_bias)
+        beta = beta_scale * sigmoid(beta)
+    return q, k, v, g, beta
+
+
+@triton.jit
+def delta_step(S, q, k, v, g, beta, scale):
+    """One token: the new state and the output."""
+    S = S * tl.exp(g)
+    delta = beta * (v - tl.sum(S * k[None, :], axis=1))
+    S = S + delta[:, None] * k[None, :]
+    return S, scale * tl.sum(S * q[None, :], axis=1)
+
+
+@triton.jit
+def span(cu_seqlens_ptr, n, T):
+    """First token and length of sequence n; rows of T tokens where there are no offsets."""
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + n + 1) - start).to(tl.int32)
+        batch = n * 0
+    else:
+        start = n * 0
+        length = T
+        batch = n
+    return batch, start, length
+
+
+# Counts and slot numbers change from batch to batch: specialising on them would build a binary for each class.
+_UNSPECIALIZED = ["T", "num_slots", "pad_slot_id", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def recurrent_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    beta_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    cu_seqlens_ptr,
+    read_ptr,
+    write_ptr,
+    has_initial_ptr,
+    T: tl.int32,
+    num_slots: tl.int32,
+    pad_slot_id: tl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_g_b: tl.int64,
+    stride_g_t: tl.int64,
+    stride_beta_b: tl.int64,
+    stride_beta_t: tl.int64,
+    stride_initial,
+    stride_final,
+    scale,
+    beta_scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    IS_RAW_GATE: tl.constexpr,
+    USE_QK_L2NORM: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    block = pid % (V // BLOCK_V)
+    hv = (pid // (V // BLOCK_V)) % HV
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    h = hv // (HV // H)
+    rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    token = batch * T + start
+    read = n
+    write = n
+    active = length >= 0
+    keep = active
+    if read_ptr is not None:
+        read = tl.load(read_ptr + n).to(tl.int64)
+        active = is_slot(read, num_slots, pad_slot_id)
+        # an empty sequence leaves its slot as it is
+        keep = active & (length > 0)
+        write = read
+        if write_ptr is not None:
+            write = tl.load(write_ptr + n).to(tl.int64)
+            keep = keep & is_slot(write, num_slots, pad_slot_id)
+    known = active
+    if has_initial_ptr is not None:
+        known = known & (tl.load(has_initial_ptr + n) != 0)
+
+    S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
+    if initial_ptr is not None:
+        S = tl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0).to(tl.float32)
+    A_log = 0.0
+    dt_bias = 0.0
+    if IS_RAW_GATE:
+        A_log = tl.load(A_log_ptr + hv).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
+
+    if active:
+        for i in range(length):
+            t = start + i
+            q, k, v, g, beta = load_token(
+                q_ptr + batch * stride_q_b + t * stride_q_t + h * stride_q_h,
+                k_ptr + batch * stride_k_b + t * stride_k_t + h * stride_k_h,
+                v_ptr + batch * stride_v_b + t * stride_v_t + hv * stride_v_h,
+                g_ptr + batch * stride_g_b + t * stride_g_t + hv,
+                beta_ptr + batch * stride_beta_b + t * stride_beta_t + hv,
+                A_log,
+                dt_bias,
+                beta_scale,
+                rows,
+                K,
+                IS_RAW_GATE,
+                USE_QK_L2NORM,
+            )
+            S, o = delta_step(S, q, k, v, g, beta, scale)
+            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, o.to(o_ptr.dtype.element_ty))
+    else:
+        for i in range(length):
+            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
+    tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *_UNSPECIALIZED,
+        "num_rows",
+        "num_steps",
+        "stride_index",
+        "stride_parent",
+    ]
+)
+def verify_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    beta_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    o_ptr,
+    state_ptr,
+    kept_ptr,
+    cu_seqlens_ptr,
+    index_ptr,
+    kept_index_ptr,
+    accepted_ptr,
+    has_initial_ptr,
+    parent_ptr,
+    T: tl.int32,
+    num_slots: tl.int32,
+    num_rows: tl.int32,
+    num_steps: tl.int32,
+    pad_slot_id: tl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_g_b: tl.int64,
+    stride_g_t: tl.int64,
+    stride_beta_b: tl.int64,
+    stride_beta_t: tl.int64,
+    stride_index: tl.int64,
+    stride_parent: tl.int64,
+    stride_state,
+    stride_kept_row,
+    stride_kept_step,
+    scale,
+    beta_scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    IS_SLOT_PER_TOKEN: tl.constexpr,
+    IS_RAW_GATE: tl.constexpr,
+    USE_QK_L2NORM: tl.constexpr,
+):
+    """Keeps the state after every token: in a slot of its own (IS_SLOT_PER_TOKEN), or at [row, step] of a buffer."""
+    pid = tl.program_id(0)
+    block = pid % (V // BLOCK_V)
+    hv = (pid // (V // BLOCK_V)) % HV
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    h = hv // (HV // H)
+    rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    token = batch * T + start
+    column = n * 0
+    in_range = length >= 0
+    if accepted_ptr is not None:
+        # a count of zero, or a stale one past the row, must not become an address
+        column = tl.load(accepted_ptr + n).to(tl.int64) - 1
+        in_range = (column >= 0) & (column < num_steps)
+        column = tl.where(in_range, column, 0)
+    read = tl.load(index_ptr + n * stride_index + column).to(tl.int64)
+    active = in_range & is_slot(read, num_slots, pad_slot_id)
+    known = active
+    if has_initial_ptr is not None:
+        known = known & (tl.load(has_initial_ptr + n) != 0)
+    row = n
+    if kept_index_ptr is not None:
+        row = tl.load(kept_index_ptr + n).to(tl.int64)
+    has_row = (row >= 0) & (row < num_rows)
+
+    initial_ptrs = state_ptr + read * stride_state + inner
+    S = tl.load(initial_ptrs, mask=known, other=0.0).to(tl.float32)
+    A_log = 0.0
+    dt_bias = 0.0
+    if IS_RAW_GATE:
+        A_log = tl.load(A_log_ptr + hv).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
+
+    if active:
+        for i in range(length):
+            if parent_ptr is not None:
+                in_tree = i < num_steps
+                parent = tl.load(parent_ptr + n * stride_parent + i, mask=in_tree, other=-1).to(tl.int64)
+                from_token = has_row & (parent >= 0) & (parent < i)
+                # other threads of this program wrote what is read here
+                tl.debug_barrier()
+                kept = kept_ptr + row * stride_kept_row + parent * stride_kept_step + inner
+                ours = tl.load(kept, mask=from_token, other=0.0).to(tl.float32)
+                root = tl.load(initial_ptrs, mask=known & (from_token == 0), other=0.0).to(tl.float32)
+                S = tl.where(from_token, ours, root)
+            t = start + i
+            q, k, v, g, beta = load_token(
+                q_ptr + batch * stride_q_b + t * stride_q_t + h * stride_q_h,
+                k_ptr + batch * stride_k_b + t * stride_k_t + h * stride_k_h,
+                v_ptr + batch * stride_v_b + t * stride_v_t + hv * stride_v_h,
+                g_ptr + batch * stride_g_b + t * stride_g_t + hv,
+                beta_ptr + batch * stride_beta_b + t * stride_beta_t + hv,
+                A_log,
+                dt_bias,
+                beta_scale,
+                rows,
+                K,
+                IS_RAW_GATE,
+                USE_QK_L2NORM,
+            )
+            S, o = delta_step(S, q, k, v, g, beta, scale)
+            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, o.to(o_ptr.dtype.element_ty))
+            if IS_SLOT_PER_TOKEN:
+                slot = tl.load(index_ptr + n * stride_index + i, mask=i < num_steps, other=-1).to(tl.int64)
+                keep = is_slot(slot, num_slots, pad_slot_id)
+                tl.store(kept_ptr + slot * stride_kept_row + inner, S.to(kept_ptr.dtype.element_ty), mask=keep)
+            else:
+                kept = kept_ptr + row * stride_kept_row + (n * 0 + i) * stride_kept_step + inner
+                tl.store(kept, S.to(kept_ptr.dtype.element_ty), mask=has_row & (i < num_steps))
+    else:
+        for i in range(length):
+            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
+
+
+def batch_stride(tensor: torch.Tensor) -> int:
+    """The stride of the leading dimension; 0 where it has one entry, so that it does not follow the token count."""
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)
+
+
+def _inputs(q, k, v, g, beta):
+    return (
+        *(stride for x in (q, k, v) for stride in (batch_stride(x), x.stride(1), x.stride(2))),
+        *(stride for x in (g, beta) for stride in (batch_stride(x), x.stride(1))),
+    )
+
+
+def _output(v, cu_seqlens):
+    # tokens past the last offset belong to no program
+    return v.new_empty(v.shape) if cu_seqlens is None else v.new_zeros(v.shape)
+
+
+def _launch(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    o,
+    initial,
+    final,
+    *,
+    cu_seqlens,
+    read,
+    write,
+    has_initial_state,
+    scale,
+    use_qk_l2norm,
+    A_log,
+    dt_bias,
+    beta_scale,
+    pad_slot_id,
+):
+    batch, tokens, H, K = q.shape
+    HV, V = v.shape[2:]
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = launch.config("recurrent", K)
+    launch.run(
+        recurrent_kernel,
+        (count * HV * (V // config.block_v),),
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        o,
+        initial,
+        final,
+        cu_seqlens,
+        read,
+        write,
+        has_initial_state,
+        tokens,
+        final.shape[0],
+        pad_slot_id,
+        *_inputs(q, k, v, g, beta),
+        0 if initial is None else initial.stride(0),
+        final.stride(0),
+        K**-0.5 if scale is None else scale,
+        beta_scale,
+        config=config,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        BLOCK_V=config.block_v,
+        IS_RAW_GATE=A_log is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+    )
+
+
+def recurrent_gated_delta_rule(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    scale=None,
+    initial_state=None,
+    cu_seqlens=None,
+    use_qk_l2norm=False,
+    A_log=None,
+    dt_bias=None,
+    beta_scale=1.0,
+):
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = _output(v, cu_seqlens)
+    final = v.new_empty((count, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
+    _launch(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        o,
+        initial_state,
+        final,
+        cu_seqlens=cu_seqlens,
+        read=None,
+        write=None,
+        has_initial_state=None,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_scale=beta_scale,
+        pad_slot_id=-1,
+    )
+    return o, final
+
+
+def recurrent_gated_delta_rule_paged(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    state_indices,
+    *,
+    cu_seqlens=None,
+    write_indices=None,
+    num_accepted_tokens=None,
+    has_initial_state=None,
+    scale=None,
+    use_qk_l2norm=False,
+    A_log=None,
+    dt_bias=None,
+    beta_scale=1.0,
+    pad_slot_id=-1,
+):
+    o = _output(v, cu_seqlens)
+    options = dict(
+        cu_seqlens=cu_seqlens,
+        has_initial_state=has_initial_state,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_scale=beta_scale,
+        pad_slot_id=pad_slot_id,
+    )
+    if state_indices.dim() == 1:
+        _launch(q, k, v, g, beta, o, state, state, read=state_indices, write=write_indices, **options)
+    else:
+        _launch_verify(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            o,
+            state,
+            state,
+            state_indices,
+            accepted=num_accepted_tokens,
+            num_steps=state_indices.shape[1],
+            **options,
+        )
+    return o
+
+
+def _launch_verify(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    o,
+    state,
+    kept,
+    state_indices,
+    *,
+    num_steps,
+    cu_seqlens,
+    has_initial_state,
+    scale,
+    use_qk_l2norm,
+    A_log,
+    dt_bias,
+    beta_scale,
+    pad_slot_id,
+    accepted=None,
+    kept_indices=None,
+    parents=None,
+):
+    batch, tokens, H, K = q.shape
+    HV, V = v.shape[2:]
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = launch.config("recurrent", K)
+    launch.run(
+        verify_kernel,
+        (count * HV * (V // config.block_v),),
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        o,
+        state,
+        kept,
+        cu_seqlens,
+        state_indices,
+        kept_indices,
+        accepted,
+        has_initial_state,
+        parents,
+        tokens,
+        state.shape[0],
+        kept.shape[0],
+        num_steps,
+        pad_slot_id,
+        *_inputs(q, k, v, g, beta),
+        state_indices.stride(0),
+        0 if parents is None else parents.stride(0),
+        state.stride(0),
+        kept.stride(0),
+        kept.stride(1),
+        K**-0.5 if scale is None else scale,
+        beta_scale,
+        config=config,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        BLOCK_V=config.block_v,
+        IS_SLOT_PER_TOKEN=state_indices.dim() == 2,
+        IS_RAW_GATE=A_log is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+    )
+
+
+def recurrent_gated_delta_rule_verify(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    intermediate_states,
+    state_indices,
+    *,
+    intermediate_indices=None,
+    cu_seqlens=None,
+    parents=None,
+    has_initial_state=None,
+    scale=None,
+    use_qk_l2norm=False,
+    A_log=None,
+    dt_bias=None,
+    beta_scale=1.0,
+    pad_slot_id=-1,
+):
+    o = _output(v, cu_seqlens)
+    _launch_verify(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        o,
+        state,
+        intermediate_states,
+        state_indices,
+        num_steps=intermediate_states.shape[1],
+        cu_seqlens=cu_seqlens,
+        has_initial_state=has_initial_state,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_scale=beta_scale,
+        pad_slot_id=pad_slot_id,
+        kept_indices=intermediate_indices,
+        parents=parents,
+    )
+    return o

@@ -1,0 +1,433 @@
+"""Launch configuration and capture safety: the lowest module of the package.
+
+Every kernel is launched through :func:`run`, with a configuration that a pure function picks from a ladder of
+numbers in this file. No ladder is indexed by a token count or a number of sequences, so a configuration, and with
+it the binary, depends on static facts alone: head sizes, dtypes, group size, architecture. That holds in capture
+mode and outside it.
+
+Importing this module does not import Triton and does not touch a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------
+# Capture mode and debug checks
+# ---------------------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_capture_depth = 0
+_debug_depth = 0
+
+
+@contextlib.contextmanager
+def capture_mode() -> Iterator[None]:
+    """Switch capture mode on for every thread; nests. Engines enter it around warm-up and graph capture."""
+    global _capture_depth
+    with _lock:
+        _capture_depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _capture_depth -= 1
+
+
+def is_capturing() -> bool:
+    """True in :func:`capture_mode`, while Dynamo traces, under fake tensors, and while a CUDA stream captures.
+
+    Under Dynamo this is the constant True and adds no guard. It never initialises CUDA.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if _capture_depth > 0:
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def debug_checks() -> Iterator[None]:
+    """Add checks of tensor *values* (indices in range, offsets that rise, slots used once) to every operator.
+
+    They copy small tensors to the host, so they synchronise: for debugging, never for serving. Raises what the
+    operator's other checks raise. Inside capture mode they are skipped, since a capture cannot synchronise.
+    """
+    global _debug_depth
+    with _lock:
+        _debug_depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _debug_depth -= 1
+
+
+def debugging() -> bool:
+    """True inside :func:`debug_checks` and outside capture mode."""
+    return _debug_depth > 0 and not is_capturing()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: ``("cuda", 90)``, ``("hip", "gfx942")`` or ``("interpreter", 0)``."""
+
+    backend: str
+    arch: int | str
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory one program may use."""
+        return _SHARED_MEMORY.get(self.arch, 99 * 1024)
+
+
+# Bytes of shared memory a block can opt in to, from the vendors' programming guides.
+_SHARED_MEMORY = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    103: 227 * 1024,
+    120: 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+
+_forced_target: Target | None = None
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    if torch.version.hip is not None:
+        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", 10 * major + minor)
+
+
+def target(device: torch.device) -> Target:
+    """The target of ``device``. CPU tensors reach a kernel only in Triton's interpreter or when compiling ahead."""
+    if _forced_target is not None:
+        return _forced_target
+    if device.type != "cuda":
+        return Target("interpreter", 0)
+    return _device_target(device.index if device.index is not None else torch.cuda.current_device())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configurations: frozen data, picked by pure functions from ladders
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """Tile of one program: ``block_rows`` rows of ``block_cols`` columns; longer rows loop over column tiles."""
+
+    block_rows: int
+    block_cols: int
+    num_warps: int
+    num_stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """Elementwise work over rows: ``block_rows`` rows a program."""
+
+    block_rows: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvConfig:
+    """Causal conv: ``block_t`` tokens of ``block_d`` channels a program."""
+
+    block_t: int
+    block_d: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+    """Recurrent step: ``block_v`` rows of one head's ``[V, K]`` state a program."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepConfig:
+    """Chunk preparation: one chunk and value head a program."""
+
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanConfig:
+    """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest group size -> tile. About 2,048 elements a program with 16-byte loads; a row of more than 8,192 elements
+# is walked in tiles of 8,192. First settings, not yet searched on a GPU.
+NORM_LADDER = (
+    (64, NormConfig(32, 64, 4)),
+    (128, NormConfig(16, 128, 4)),
+    (256, NormConfig(8, 256, 4)),
+    (512, NormConfig(4, 512, 4)),
+    (1024, NormConfig(2, 1024, 4)),
+    (2048, NormConfig(1, 2048, 4)),
+    (4096, NormConfig(1, 4096, 8)),
+    (65536, NormConfig(1, 8192, 8)),
+)
+
+
+def norm_config(group_size: int) -> NormConfig:
+    """The smallest rung that holds a group of ``group_size`` elements."""
+    for limit, config in NORM_LADDER:
+        if group_size <= limit:
+            return config
+    raise NotImplementedError(f"group_size must be at most {NORM_LADDER[-1][0]}, got {group_size}")
+
+
+# Rows a program for gating, l2norm and the projection split; first settings, not yet searched on a GPU.
+GATING_CONFIG = RowsConfig(block_rows=32, num_warps=4)
+SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
+
+# Channels are the contiguous side: 128 of them make 256-byte rows in bf16. First settings.
+CONV_CONFIG = ConvConfig(block_t=16, block_d=128, num_warps=4)
+CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=256, num_warps=4)
+
+# Head size K -> rows of the fp32 state a program: 4,096 state elements, 32 a thread. First settings.
+RECURRENT_LADDER = (
+    (64, RecurrentConfig(block_v=64, num_warps=4)),
+    (128, RecurrentConfig(block_v=32, num_warps=4)),
+    (256, RecurrentConfig(block_v=16, num_warps=4)),
+)
+
+
+def recurrent_config(head_k_dim: int) -> RecurrentConfig:
+    """State rows a program for decode, verify and the recurrent form."""
+    for limit, config in RECURRENT_LADDER:
+        if head_k_dim <= limit:
+            return config
+    raise NotImplementedError(f"head_k_dim must be at most {RECURRENT_LADDER[-1][0]}, got {head_k_dim}")
+
+
+# Backend -> chunk preparation. Warps that keep the 64 x 64 tiles of the inverse in registers (compiled, 2026-11-23).
+PREP_LADDER = {
+    "cuda": PrepConfig(num_warps=8),
+    "hip": PrepConfig(num_warps=4),
+}
+
+
+def prep_config(target: Target) -> PrepConfig:
+    """Chunk preparation: one chunk and value head a program."""
+    return PREP_LADDER["hip" if target.backend == "hip" else "cuda"]
+
+
+# Architecture, head size K -> state rows a program. On sm_90 64 rows are what wgmma takes; elsewhere the tile is what
+# leaves no spills (compiled, 2026-11-23). Not yet searched on a GPU.
+SCAN_LADDER = {
+    90: (
+        (64, ScanConfig(block_v=64, num_warps=4, num_stages=2)),
+        (128, ScanConfig(block_v=64, num_warps=4, num_stages=2)),
+        (256, ScanConfig(block_v=32, num_warps=8, num_stages=1)),
+    ),
+    "cuda": (
+        (64, ScanConfig(block_v=32, num_warps=4, num_stages=2)),
+        (128, ScanConfig(block_v=32, num_warps=8, num_stages=2)),
+        (256, ScanConfig(block_v=32, num_warps=8, num_stages=1)),
+    ),
+    "hip": (
+        (64, ScanConfig(block_v=32, num_warps=4, num_stages=1)),
+        (128, ScanConfig(block_v=16, num_warps=4, num_stages=1)),
+        (256, ScanConfig(block_v=16, num_warps=4, num_stages=1)),
+    ),
+}
+
+
+def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
+    """Chunk recurrence: the rung for head size K on the target's architecture."""
+    family = target.arch if target.arch in SCAN_LADDER else "hip" if target.backend == "hip" else "cuda"
+    for limit, config in SCAN_LADDER[family]:
+        if head_k_dim <= limit:
+            return config
+    raise NotImplementedError(f"head_k_dim must be at most {SCAN_LADDER[family][-1][0]}, got {head_k_dim}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pinning
+# ---------------------------------------------------------------------------------------------------------------
+
+_CHOOSERS: dict[str, Callable[..., Any]] = {
+    "layer_norm_gated": norm_config,
+    "l2norm": norm_config,
+    "gating": lambda: GATING_CONFIG,
+    "split_qkvz_ba": lambda: SPLIT_CONFIG,
+    "causal_conv1d": lambda: CONV_CONFIG,
+    "causal_conv1d_update": lambda: CONV_UPDATE_CONFIG,
+    "recurrent": recurrent_config,
+    "chunk_prep": prep_config,
+    "chunk_scan": scan_config,
+}
+_pins: dict[str, Any] = {}
+
+
+@functools.cache
+def _choose(kernel: str, facts: tuple) -> Any:
+    return _CHOOSERS[kernel](*facts)
+
+
+def config(kernel: str, *facts: Any) -> Any:
+    """The configuration of ``kernel`` for static ``facts``, or the pinned one."""
+    return _pins[kernel] if kernel in _pins else _choose(kernel, facts)
+
+
+@contextlib.contextmanager
+def pinned(kernel: str, config: Any) -> Iterator[None]:
+    """Use ``config`` for every launch of ``kernel`` in the block, whatever the ladder says.
+
+    Raises ValueError for an unknown kernel name. The names are those of :func:`ladders`.
+    """
+    if kernel not in _CHOOSERS:
+        raise ValueError(f"kernel must be one of {', '.join(_CHOOSERS)}, got {kernel!r}")
+    before = _pins.get(kernel)
+    _pins[kernel] = config
+    try:
+        yield
+    finally:
+        if before is None:
+            del _pins[kernel]
+        else:
+            _pins[kernel] = before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launching: the one place that calls Triton
+# ---------------------------------------------------------------------------------------------------------------
+
+_kernels: dict[str, Any] = {}
+_compiled: list[tuple[str, Any]] | None = None
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, **constexprs: Any) -> None:
+    """Launch ``kernel`` on the device of its first tensor argument; an empty grid launches nothing.
+
+    FP fusion is pinned, because bits depend on it and Triton's default is about to change.
+    """
+    if 0 in grid:
+        return
+    _kernels[kernel.__name__] = kernel
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if _compiled is not None:
+        _compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **constexprs, **options)))
+        return
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constexprs, **options)
+    else:
+        kernel[grid](*args, **constexprs, **options)
+
+
+@contextlib.contextmanager
+def compile_only(target: Target | None = None) -> Iterator[list[tuple[str, Any]]]:
+    """Compile instead of launching, and collect ``(kernel name, compiled kernel)``.
+
+    With ``target`` the configurations are those of that target, whatever the machine; Triton itself compiles for
+    its active driver, so a test that has no GPU installs a stand-in driver first.
+    """
+    global _compiled, _forced_target
+    before = _compiled, _forced_target
+    _compiled, _forced_target = [], target if target is not None else _forced_target
+    try:
+        yield _compiled
+    finally:
+        _compiled, _forced_target = before
+
+
+def binaries() -> int:
+    """How many binaries this process holds for the package's kernels, over all devices."""
+    return sum(len(cache[0]) for kernel in _kernels.values() for cache in getattr(kernel, "device_caches", {}).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Warm-up
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShapes:
+    """Static facts of a model on one rank: head counts and sizes, conv width, dtypes."""
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int = 128
+    head_v_dim: int = 128
+    conv_width: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    state_dtype: torch.dtype = torch.float32
+    index_dtype: torch.dtype = torch.int32
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.num_k_heads * self.head_k_dim + self.num_v_heads * self.head_v_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupReport:
+    """What :func:`warmup` did: binaries built, seconds it took, operators it ran."""
+
+    built: int
+    seconds: float
+    operators: tuple[str, ...]
+
+
+_warmups: dict[str, Callable[[ModelShapes, torch.device], None]] = {}
+
+
+def register_warmup(name: str, call: Callable[[ModelShapes, torch.device], None]) -> None:
+    """Have :func:`warmup` run ``call``, which calls one operator on small tensors of its own."""
+    _warmups[name] = call
+
+
+def warmup(
+    shapes: ModelShapes, device: torch.device | str = "cuda", *, progress: Callable[[str], None] | None = None
+) -> WarmupReport:
+    """Build every binary that a model of ``shapes`` needs on ``device``, before serving.
+
+    Runs each operator once, in capture mode, on small tensors of its own; no live state is touched. ``progress``
+    is called with each operator's name. Returns a :class:`WarmupReport`. On a CPU nothing is built.
+    """
+    device = torch.device(device)
+    before, start = binaries(), time.perf_counter()
+    with capture_mode(), torch.no_grad():
+        for name, call in _warmups.items():
+            if progress is not None:
+                progress(name)
+            call(shapes, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return WarmupReport(binaries() - before, time.perf_counter() - start, tuple(_warmups))

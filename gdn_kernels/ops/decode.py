@@ -1,0 +1,93 @@
+"""``packed_decode``: one token a sequence, from the packed conv output to the mixer's output, in one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdn_kernels import launch
+from gdn_kernels.ops.chunk import warm_pool
+from gdn_kernels.ops.registry import define
+
+
+def _fake(
+    mixed_qkv: torch.Tensor, a: Any, b: Any, A_log: Any, dt_bias: Any, state: torch.Tensor, *args: Any, **options: Any
+) -> torch.Tensor:
+    return mixed_qkv.new_empty(mixed_qkv.shape[0], state.shape[1], state.shape[2])
+
+
+define(
+    "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
+    "Tensor state_indices, *, int num_k_heads, float? scale=None, bool use_qk_l2norm=True, int pad_slot_id=-1) "
+    "-> Tensor",
+    module="decode",
+    fake=_fake,
+)
+
+
+def packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    state_indices: torch.Tensor,
+    *,
+    num_k_heads: int,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    pad_slot_id: int = -1,
+) -> torch.Tensor:
+    """One decode step of the gated delta rule: gate, sigmoid, l2norm and recurrence, on a state pool, in place.
+
+    Args:
+        mixed_qkv: ``[N, 2 * H * K + HV * V]``, the conv's output in the order q, k, v; bf16, fp16 or fp32, token
+            stride free.
+        a, b: ``[N, HV]``, raw, any of these dtypes, token stride free. A_log, dt_bias: ``[HV]``.
+        state: ``[S, HV, V, K]`` fp32, bf16 or fp16, each slot contiguous, slot stride free; K, V of 64, 128 or 256.
+            Written: the slots of ``state_indices``.
+        state_indices: ``[N]`` int32 or int64. An index equal to ``pad_slot_id``, negative or past the pool is padding:
+            output zero, no state written.
+        num_k_heads: H. scale: default ``K ** -0.5``. use_qk_l2norm: divide q and k by ``sqrt(sum(x**2) + 1e-6)``.
+
+    Returns:
+        ``[N, HV, V]`` in the dtype of ``mixed_qkv``, contiguous.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``contracts.packed_decode`` lists.
+
+    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464.
+    """
+    return torch.ops.gdn.packed_decode(
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        state_indices,
+        num_k_heads=num_k_heads,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        pad_slot_id=pad_slot_id,
+    )
+
+
+def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
+    gates = torch.zeros(2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
+    parameter = torch.zeros(shapes.num_v_heads, device=device)
+    packed_decode(
+        torch.zeros(2, shapes.conv_channels, dtype=shapes.dtype, device=device),
+        gates,
+        gates,
+        parameter,
+        parameter,
+        warm_pool(shapes, device),
+        torch.arange(2, dtype=shapes.index_dtype, device=device),
+        num_k_heads=shapes.num_k_heads,
+    )
+
+
+launch.register_warmup("packed_decode", _warm)

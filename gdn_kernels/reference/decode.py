@@ -1,0 +1,47 @@
+"""One decode step from the conv's output, in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gdn_kernels.reference import _math
+from gdn_kernels.reference.recurrent import step
+
+
+def packed_decode(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    *,
+    num_k_heads: int,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    pad_slot_id: int = -1,
+) -> Tensor:
+    """Gate, sigmoid, l2norm and one token of the gated delta rule for each row; use it for decode.
+
+    mixed_qkv ``[N, 2HK + HV V]`` in the order q, k, v; a, b ``[N, HV]``; A_log, dt_bias ``[HV]``; state
+    ``[S, HV, V, K]`` is updated in place at state_indices ``[N]``. Returns o ``[N, HV, V]`` in mixed_qkv's dtype, zero
+    for padding rows. Source: Yang et al., Gated Delta Networks, arXiv 2412.06464.
+    """
+    HV, V, K = state.shape[1:]
+    key_dim = num_k_heads * K
+    dtype, scale = _math.compute_dtype(mixed_qkv), _math.default_scale(scale, K)
+    slots = _math.slots(state_indices, state.shape[0], pad_slot_id)
+    rows = (slots >= 0).nonzero().squeeze(1)
+
+    q, k, v = mixed_qkv[rows].split([key_dim, key_dim, HV * V], -1)
+    q, k, v = q.unflatten(1, (num_k_heads, K)), k.unflatten(1, (num_k_heads, K)), v.unflatten(1, (HV, V))
+    inputs = _math.delta_inputs(q, k, v, a[rows], b[rows], use_qk_l2norm=use_qk_l2norm, A_log=A_log, dt_bias=dt_bias)
+
+    o = mixed_qkv.new_zeros(mixed_qkv.shape[0], HV, V)
+    # Row by row a state stays in the cache for all passes over it, and its bits cannot depend on the batch.
+    for row, slot, *token in zip(rows.tolist(), slots[rows].tolist(), *inputs, strict=True):
+        S = _math.load_state(state, slot, True, dtype, in_place=True)
+        o[row] = step(S, *token, scale)
+        _math.store_state(state, slot, S)
+    return o

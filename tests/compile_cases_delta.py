@@ -1,0 +1,83 @@
+"""Compile cases of the delta rule: chunk, recurrent, verify and decode kernels over dtypes and head sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from compile_cases import case
+from delta_cases import delta_inputs
+
+from gdn_kernels.kernels import chunk, decode, recurrent
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _slots(count):
+    return torch.arange(count, dtype=torch.int32)
+
+
+def _parameters(HV):
+    return {"A_log": torch.zeros(HV), "dt_bias": torch.zeros(HV)}
+
+
+def chunk_case(dtype, K, V):
+    inputs = delta_inputs((2, 2), H=2, HV=4, K=K, V=V, dtype=dtype)
+    raw = [x.to(dtype) for x in inputs.tensors[3:]]
+    pool = torch.zeros(4, 4, V, K)
+    out = torch.empty_like(inputs.v)
+    chunk.chunk_gated_delta_rule_paged_checkpoints(
+        *inputs.tensors[:3],
+        *raw,
+        pool,
+        out,
+        pool.clone(),
+        _slots(2),
+        inputs.cu_seqlens,
+        _slots(3),
+        checkpoint_interval=64,
+        has_initial_state=torch.ones(2, dtype=torch.bool),
+        use_qk_l2norm=True,
+        **_parameters(4),
+    )
+
+
+def plain_chunk_case(dtype, K, V):
+    inputs = delta_inputs((2,), H=2, HV=4, K=K, V=V, dtype=dtype)
+    chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
+
+
+def recurrent_case(state_dtype, K, V):
+    inputs = delta_inputs((2, 2), H=2, HV=4, K=K, V=V, dtype=torch.bfloat16)
+    pool = torch.zeros(4, 4, V, K, dtype=state_dtype)
+    options = {"use_qk_l2norm": True}
+    recurrent.recurrent_gated_delta_rule_paged(
+        *inputs.tensors, pool, _slots(2), cu_seqlens=inputs.cu_seqlens, write_indices=_slots(2), **options
+    )
+    rows = [x.reshape(2, 2, *x.shape[2:]) for x in inputs.tensors]
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    recurrent.recurrent_gated_delta_rule_paged(*rows, pool, table, num_accepted_tokens=_slots(2), **options)
+    kept = torch.zeros(2, 2, 4, V, K, dtype=state_dtype)
+    recurrent.recurrent_gated_delta_rule_verify(
+        *rows, pool, kept, _slots(2), intermediate_indices=_slots(2), parents=table, **options
+    )
+
+
+def decode_case(state_dtype, K, V):
+    decode.packed_decode(
+        torch.zeros(2, 4 * K + 4 * V, dtype=torch.bfloat16),
+        torch.zeros(2, 4, dtype=torch.bfloat16),
+        torch.zeros(2, 4, dtype=torch.bfloat16),
+        state=torch.zeros(4, 4, V, K, dtype=state_dtype),
+        state_indices=_slots(2),
+        num_k_heads=2,
+        **_parameters(4),
+    )
+
+
+for dtype, (K, V) in itertools.product((torch.bfloat16,), ((64, 64), (128, 128), (256, 256))):
+    case(f"chunk-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: chunk_case(dtype, K, V))
+case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
+for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
+    case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
+    case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))

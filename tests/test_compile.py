@@ -1,0 +1,79 @@
+"""Every kernel compiled ahead of time for the supported architectures: a binary, no spills, shared memory that fits.
+
+One process a target compiles all cases of ``compile_cases.py``; the tests here read what it found.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import triton_support
+
+from gdn_kernels import launch
+
+registry = triton_support.load_compile_cases()
+CASES = pytest.mark.parametrize("case", registry.COMPILE_CASES)
+TARGETS = pytest.mark.parametrize(
+    "target", triton_support.TARGETS, ids=lambda target: f"sm_{target[1]}" if target[0] == "cuda" else target[1]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def start_targets(request):
+    """Start the processes of all targets that the selected tests read, so that they run side by side."""
+    orders = {}
+    for item in request.session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path == request.path and params:
+            cases, sweeps = orders.setdefault(params.get("target", triton_support.SWEEP_TARGET), (set(), set()))
+            cases.update({params["case"]} if "case" in params else ())
+            sweeps.update({params["sweep"]} if "sweep" in params else ())
+    triton_support.start_targets(orders)
+
+
+def binaries(target, case):
+    compiled = triton_support.compile_target(target).cases[case]
+    assert compiled.error is None, compiled.error
+    assert compiled.binaries, f"{case} launched no kernel"
+    return compiled.binaries
+
+
+@TARGETS
+@CASES
+def test_kernel_compiles_within_registers_and_shared_memory(target, case):
+    backend, arch = target
+    limit = launch.Target(backend, arch).shared_memory
+    for binary in binaries(target, case):
+        print(f"{binary.kernel}: {binary.registers} registers, {binary.spills} bytes spilled, {binary.shared} shared")
+        assert binary.spills <= registry.spill_budget(case, arch), f"{binary.kernel} spills {binary.spills} bytes"
+        assert binary.shared <= limit, f"{binary.kernel} takes {binary.shared} bytes of shared memory of {limit}"
+
+
+# Inputs and outputs that rows of whole 16 bytes must be moved by, counted as (loads, stores) at least.
+@pytest.mark.parametrize(
+    ("case", "loads", "stores"),
+    [
+        pytest.param("norm-rms-gated-128", 2, 1, id="norm-x-and-strided-z"),
+        pytest.param("l2norm-128", 1, 1, id="l2norm"),
+        pytest.param("split-r2", 2, 2, id="split-v-z"),
+        pytest.param("conv-channel-last", 4, 1, id="conv-tokens"),
+    ],
+)
+def test_rows_move_16_bytes_at_a_time(case, loads, stores):
+    (binary,) = binaries(triton_support.SWEEP_TARGET, case)
+    wide = r"(?:\.\w+(?:::\w+)?)*\.(?:v4\.[bf]32|v2\.[bf]64|b128|v8\.b16)"
+    assert len(re.findall(r"ld\.global" + wide, binary.asm)) >= loads
+    assert len(re.findall(r"st\.global" + wide, binary.asm)) >= stores
+
+
+@pytest.mark.parametrize("sweep", registry.SWEEP_CASES)
+def test_one_binary_serves_every_token_count(sweep):
+    swept = triton_support.compile_target(triton_support.SWEEP_TARGET).sweeps[sweep]
+    assert swept.error is None, swept.error
+    assert swept.binaries and set(swept.binaries.values()) == {1}, swept.binaries
+
+
+def test_targets_are_those_that_launch_knows():
+    for backend, arch in triton_support.TARGETS:
+        assert arch in launch._SHARED_MEMORY, f"no shared memory limit for {backend} {arch}"

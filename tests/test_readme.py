@@ -1,0 +1,67 @@
+"""What the README shows is what the package does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import gdn_kernels  # noqa: F401  registers torch.ops.gdn.*
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def block(containing: str) -> str:
+    found = [text for text in BLOCKS if containing in text]
+    assert len(found) == 1, f"README.md must hold one python block with {containing!r}, got {len(found)}"
+    return found[0]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 120
+
+
+@pytest.mark.parametrize(
+    "command", ["pip install -e . && python -m gdn_kernels", "pip install -e '.[test]' && python -m pytest"]
+)
+def test_both_commands_stand_alone_on_a_line(command: str) -> None:
+    assert command in README.splitlines()
+
+
+def test_usage_runs_as_written() -> None:
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(block("packed_decode"), "README.md", "exec"), names)
+    y, state, slots = names["y"], names["state"], names["slots"].tolist()
+    assert y.shape == (names["N"], names["HV"], names["V"])
+    assert torch.isfinite(y).all() and torch.isfinite(names["out"]).all()
+    touched = state.abs().amax(dim=(1, 2, 3)) > 0
+    assert [slot for slot in range(names["S"]) if touched[slot]] == sorted(slots)
+
+
+@pytest.mark.parametrize("operator", ["recurrent_gated_delta_rule", "chunk_gated_delta_rule"])
+@pytest.mark.parametrize("H, HV", [(2, 2), (2, 6)], ids=["hv-1x-h", "hv-3x-h"])
+def test_operators_match_the_equivalent(operator: str, H: int, HV: int) -> None:
+    names: dict = {"torch": torch}
+    exec(compile(block("def gated_delta_rule"), "README.md", "exec"), names)
+    T, K, V = 70, 64, 128
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(T, H, K, generator=generator, dtype=torch.float64) for _ in range(2))
+    k = k / k.norm(dim=-1, keepdim=True)
+    v = torch.randn(T, HV, V, generator=generator, dtype=torch.float64)
+    g = -torch.rand(T, HV, generator=generator, dtype=torch.float64)
+    beta = torch.rand(T, HV, generator=generator, dtype=torch.float64)
+    expected_o, expected_S = names["gated_delta_rule"](q, k, v, g, beta, K**-0.5)
+    o, S = getattr(torch.ops.gdn, operator)(q[None], k[None], v[None], g[None], beta[None])
+    # Rounding of fp64 over 70 steps on values of order one; observed error is near 1e-14.
+    torch.testing.assert_close(o[0], expected_o, rtol=0, atol=1e-11)
+    torch.testing.assert_close(S[0], expected_S, rtol=0, atol=1e-11)
+
+
+def test_every_operator_is_in_the_table() -> None:
+    table = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    registered = {name.removeprefix("gdn::") for name in torch._C._dispatch_get_all_op_names() if "gdn::" in name}
+    assert table == {name.split(".")[0] for name in registered}
