@@ -215,15 +215,21 @@ def norm_config(group_size: int) -> NormConfig:
 GATING_CONFIG = RowsConfig(block_rows=32, num_warps=4)
 SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
 
-# Channels are the contiguous side: 128 of them make 256-byte rows in bf16. First settings.
-CONV_CONFIG = ConvConfig(block_t=16, block_d=128, num_warps=4)
+# 8,192 tokens of 8,192 channels in bf16, H100, 2026-11-23: 32 x 128 takes 115 us, 16 x 128 120, 64 x 64 114, 32 x 64
+# 126, 16 x 256 122 (the bytes alone: 89).
+CONV_CONFIG = ConvConfig(block_t=32, block_d=128, num_warps=4)
+
+# First settings, not yet searched on a GPU.
 CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=256, num_warps=4)
 
-# Head size K -> rows of the fp32 state a program: 4,096 state elements, 32 a thread. First settings.
+# Head size K -> rows of the state a program; 2,048 state elements in one warp, so that no barrier stands in the chain.
+# packed_decode, HV 32, K = V = 128, H100, 2026-11-23, us for (N 1 fp32, N 64 fp32, N 256 bf16 state): 16 rows in 1 warp
+# 4.9, 97, 192; 8 rows in 1 warp 4.2, 98, 219; 32 rows in 1 warp 5.5, 99, 204; 32 rows in 4 warps 4.4, 112, 275
+# (the bytes alone: 1.4, 89, 179).
 RECURRENT_LADDER = (
-    (64, RecurrentConfig(block_v=64, num_warps=4)),
-    (128, RecurrentConfig(block_v=32, num_warps=4)),
-    (256, RecurrentConfig(block_v=16, num_warps=4)),
+    (64, RecurrentConfig(block_v=32, num_warps=1)),
+    (128, RecurrentConfig(block_v=16, num_warps=1)),
+    (256, RecurrentConfig(block_v=8, num_warps=1)),
 )
 
 
@@ -235,24 +241,21 @@ def recurrent_config(head_k_dim: int) -> RecurrentConfig:
     raise NotImplementedError(f"head_k_dim must be at most {RECURRENT_LADDER[-1][0]}, got {head_k_dim}")
 
 
-# Backend -> chunk preparation. Warps that keep the 64 x 64 tiles of the inverse in registers (compiled, 2026-11-23).
+# Architecture -> warps of the chunk preparation. H100, 2026-11-23, whole prefill in us, heads 2/8 1x8192, 8/32 8x1024,
+# 16/64 1x8192: 4 warps 472, 427, 807; 8 warps 508, 606, 1158; 2 warps 490, 482, 919. Elsewhere what spills least.
 PREP_LADDER = {
+    90: PrepConfig(num_warps=4),
     "cuda": PrepConfig(num_warps=8),
     "hip": PrepConfig(num_warps=4),
 }
 
-
-def prep_config(target: Target) -> PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
-    return PREP_LADDER["hip" if target.backend == "hip" else "cuda"]
-
-
-# Architecture, head size K -> state rows a program. On sm_90 64 rows are what wgmma takes; elsewhere the tile is what
-# leaves no spills (compiled, 2026-11-23). Not yet searched on a GPU.
+# Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
+# preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
+# 1160; 128 rows, 8 warps, 2 stages 578, 533, 1240. Elsewhere what leaves no spills.
 SCAN_LADDER = {
     90: (
-        (64, ScanConfig(block_v=64, num_warps=4, num_stages=2)),
-        (128, ScanConfig(block_v=64, num_warps=4, num_stages=2)),
+        (64, ScanConfig(block_v=32, num_warps=4, num_stages=2)),
+        (128, ScanConfig(block_v=32, num_warps=4, num_stages=2)),
         (256, ScanConfig(block_v=32, num_warps=8, num_stages=1)),
     ),
     "cuda": (
@@ -268,13 +271,25 @@ SCAN_LADDER = {
 }
 
 
+def _family(target: Target, ladder: dict[Any, Any]) -> Any:
+    """The architecture's own entry of a ladder, else its backend's; the interpreter takes CUDA's."""
+    if target.arch in ladder:
+        return ladder[target.arch]
+    return ladder["hip" if target.backend == "hip" else "cuda"]
+
+
+def prep_config(target: Target) -> PrepConfig:
+    """Chunk preparation: one chunk and value head a program."""
+    return _family(target, PREP_LADDER)
+
+
 def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
     """Chunk recurrence: the rung for head size K on the target's architecture."""
-    family = target.arch if target.arch in SCAN_LADDER else "hip" if target.backend == "hip" else "cuda"
-    for limit, config in SCAN_LADDER[family]:
+    ladder = _family(target, SCAN_LADDER)
+    for limit, config in ladder:
         if head_k_dim <= limit:
             return config
-    raise NotImplementedError(f"head_k_dim must be at most {SCAN_LADDER[family][-1][0]}, got {head_k_dim}")
+    raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -390,6 +405,15 @@ class ModelShapes:
     dtype: torch.dtype = torch.bfloat16
     state_dtype: torch.dtype = torch.float32
     index_dtype: torch.dtype = torch.int32
+    A_log_dtype: torch.dtype = torch.float32
+    dt_bias_dtype: torch.dtype | None = None
+
+    def gate_parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """``A_log`` and ``dt_bias`` of zeros; ``dt_bias`` is in ``dtype`` unless the model says otherwise."""
+        return {
+            "A_log": torch.zeros(self.num_v_heads, dtype=self.A_log_dtype, device=device),
+            "dt_bias": torch.zeros(self.num_v_heads, dtype=self.dt_bias_dtype or self.dtype, device=device),
+        }
 
     @property
     def conv_channels(self) -> int:

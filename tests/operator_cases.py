@@ -1,4 +1,4 @@
-"""Calls of every operator, one or more for each optional argument: what opcheck, the GPU tests and the fakes are run on.
+"""Calls of every operator, one or more for each optional argument: what opcheck, GPU tests and fakes are run on.
 
 Inputs are strided as engines hold them: q, k, v and z are column views of one wide tensor, gates too, pools have padded
 slots, packed batches end in padding rows.

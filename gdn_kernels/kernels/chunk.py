@@ -1,17 +1,19 @@
 """The gated delta rule over whole sequences on a GPU: chunks of C = 64 tokens, a preparation and a scan.
 
-With gamma_t = exp of the gates summed within the chunk, G_ij = gamma_i / gamma_j for i >= j (else 0), k^ and q^ the rows
-of k and q (divided by their norms if asked) and L the strictly lower part of diag(beta) k^ k^T:
+gamma_t is exp of the gates summed within the chunk, G_ij = gamma_i / gamma_j for i >= j (else 0), k^ and q^ the rows of
+k and q (divided by their norms if asked), L the strictly lower part of diag(beta) k^ k^T:
 
     T = (I + L)^-1 diag(beta),   X = T^T k^,   R = scale G * (tril(q^ k^T) T)        preparation, all chunks at once
     W = v - gamma * (k^ S^T),    o = scale gamma * (q^ S^T) + R W,
     S <- gamma_C S + ((gamma_C / gamma) * W)^T X                                      scan, along each sequence
 
-T does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a chunk. S is
-[V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every exponent is of a number that is not positive: i >= j is selected before the exponential.
+T does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a chunk.
+S is [V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every
+exponent is of a number that is not positive: i >= j is selected before the exponential.
 
 A chunk of sequence n has a place in scratch that no other sequence shares, without a plan from the host: its number is
-cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T tokens.
+cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
+tokens.
 
 Left out: splitting one sequence over programs, sharing a key head's products between its value heads.
 """
@@ -59,28 +61,22 @@ def unit_lower_inverse(L, OPERAND: tl.constexpr):
 
 @triton.jit
 def chunk_of(cu_seqlens_ptr, place, N, T):
-    """The sequence, chunk of the sequence, first token and length that scratch place ``place`` stands for."""
+    """Batch row, first token and length of the sequence at scratch place ``place``, and which of its chunks that is."""
     if cu_seqlens_ptr is not None:
         low = place * 0
         high = low + N - 1
         while low < high:
             middle = (low + high + 1) // 2
-            first = tl.load(cu_seqlens_ptr + middle).to(tl.int64) // C + middle
-            if first <= place:
+            _, first, _ = span(cu_seqlens_ptr, middle, T)
+            if first // C + middle <= place:
                 low = middle
             else:
                 high = middle - 1
-        n = low
-        start = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + n + 1) - start).to(tl.int32)
-        batch = n * 0
-        chunk = place - (start // C + n)
+        batch, start, length = span(cu_seqlens_ptr, low, T)
+        chunk = place - (start // C + low)
     else:
         chunks = (T + C - 1) // C
-        n = place // chunks
-        start = n * 0
-        length = T + 0
-        batch = n
+        batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
         chunk = place % chunks
     return batch, chunk, start, length
 
@@ -100,6 +96,7 @@ def prep_kernel(
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
+    key_columns: tl.int32,
     stride_q_b,
     stride_q_t,
     stride_q_h,
@@ -158,14 +155,15 @@ def prep_kernel(
             # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
             total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
 
-            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers
+            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a runtime
+            # number, because a loop of one known turn dissolves and keeps its tiles alive (472 to 692 bytes of spills).
             row = o64[:, None]
             column = o64[None, :]
             k_offsets = row * stride_k_t + column
             q_offsets = row * stride_q_t + column
             kk = tl.zeros([C, C], dtype=tl.float32)
             squares = tl.zeros([C], dtype=tl.float32)
-            for c in range(0, K, C):
+            for c in range(0, key_columns, C):
                 k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
                 kk = tl.dot(k, tl.trans(k), kk)
                 if USE_QK_L2NORM:
@@ -180,7 +178,7 @@ def prep_kernel(
             qk = tl.zeros([C, C], dtype=tl.float32)
             squares = tl.zeros([C], dtype=tl.float32)
             left = tl.trans((inverse * norm_k[:, None]).to(k_ptr.dtype.element_ty))
-            for c in range(0, K, C):
+            for c in range(0, key_columns, C):
                 k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
                 q = tl.load(q_base + c + q_offsets, mask=valid[:, None], other=0.0)
                 x = tl.dot(left, k)
@@ -393,6 +391,7 @@ def _launch(
         cu_seqlens,
         count,
         tokens,
+        K,
         *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
         *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
         o.stride(1),

@@ -4,9 +4,9 @@ Per value head, everything in fp32, S of [V, K]:
 
     S <- exp(g) S;   S <- S + beta (v - S k) k^T;   o = scale S q
 
-One program owns BLOCK_V rows of one head's state of one sequence and walks its tokens with the state in registers.
-Rows of S never meet, so the result does not depend on BLOCK_V or on the rest of the batch. q and k are [.., H, K], v and
-o [.., HV, V], states [slot, HV, V, K] with K last. Decode is this kernel with one token a sequence.
+One program owns BLOCK_V rows of one head's state of one sequence and walks its tokens with the state in registers:
+nothing of the rest of the batch enters. q and k are [.., H, K], v and o [.., HV, V], states [slot, HV, V, K] with K
+last. Decode is this kernel with one token a sequence.
 """
 
 import torch
@@ -61,10 +61,14 @@ def delta_step(S, q, k, v, g, beta, scale):
 
 @triton.jit
 def span(cu_seqlens_ptr, n, T):
-    """First token and length of sequence n; rows of T tokens where there are no offsets."""
+    """Batch row, first token and length of sequence n; rows of T tokens where there are no offsets.
+
+    Offsets outside the T tokens are cut off at them: a wrong one gives a shorter sequence, not a stray address.
+    """
     if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + n).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + n + 1) - start).to(tl.int32)
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + n + 1).to(tl.int64), T)
+        length = tl.maximum(end - start, 0).to(tl.int32)
         batch = n * 0
     else:
         start = n * 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from gdn_kernels import launch
-from gdn_kernels.ops.registry import define
+from gdn_kernels.ops.registry import Call, define
 
 GATES = "Tensor? A_log=None, Tensor? dt_bias=None, float beta_scale=1.0"
 FUNCTIONAL = (
@@ -21,29 +20,13 @@ _PAGED_OPTIONS = (
 )
 
 
-def with_batch_dim(tensors: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Lets the first ``tensors`` arguments come as ``[T, ...]``: a packed batch without its leading dimension of 1."""
+def packed_result(call: Call) -> Call:
+    """Lets q, k, v, g, beta come as ``[T, ...]``, a packed batch without its leading 1, and returns o in that rank."""
 
-    def adapt(call: Callable[..., Any]) -> Callable[..., Any]:
-        def adapted(q: torch.Tensor, *args: Any, **options: Any) -> Any:
-            if q.dim() != 3:
-                return call(q, *args, **options)
-            lifted = [tensor.unsqueeze(0) for tensor in (q, *args[: tensors - 1])]
-            return call(*lifted, *args[tensors - 1 :], **options)
-
-        return adapted
-
-    return adapt
-
-
-def packed_result(call: Callable[..., Any]) -> Callable[..., Any]:
-    """:func:`with_batch_dim` for q, k, v, g, beta, with ``o`` returned in the rank of q."""
-    lifted = with_batch_dim(5)(call)
-
-    def adapted(q: torch.Tensor, *args: Any, **options: Any) -> Any:
-        result = lifted(q, *args, **options)
+    def adapted(q: torch.Tensor, k: Any, v: Any, g: Any, beta: Any, *rest: Any, **options: Any) -> Any:
         if q.dim() != 3:
-            return result
+            return call(q, k, v, g, beta, *rest, **options)
+        result = call(*(tensor.unsqueeze(0) for tensor in (q, k, v, g, beta)), *rest, **options)
         if isinstance(result, tuple):
             return result[0].squeeze(0), *result[1:]
         return result.squeeze(0)
@@ -51,15 +34,13 @@ def packed_result(call: Callable[..., Any]) -> Callable[..., Any]:
     return adapted
 
 
-def _paged_call(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The paged forms write ``out``, which has the rank of q."""
+def _paged_call(call: Call) -> Call:
+    """The same for the paged forms, which write ``out``, of the rank of q."""
 
-    def adapted(
-        q: torch.Tensor, k: Any, v: Any, g: Any, beta: Any, state: Any, out: torch.Tensor, *rest: Any, **o: Any
-    ):
+    def adapted(q: torch.Tensor, k: Any, v: Any, g: Any, beta: Any, state: Any, out: Any, *rest: Any, **options: Any):
         if q.dim() == 3:
             q, k, v, g, beta, out = (tensor.unsqueeze(0) for tensor in (q, k, v, g, beta, out))
-        return call(q, k, v, g, beta, state, out, *rest, **o)
+        return call(q, k, v, g, beta, state, out, *rest, **options)
 
     return adapted
 
@@ -294,7 +275,6 @@ def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
     slots, fresh = offsets[:2].clone(), torch.ones(2, dtype=torch.bool, device=device)
     state = warm_pool(shapes, device)
-    parameter = torch.zeros(shapes.num_v_heads, device=device)
     raw = torch.zeros(1, 2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
     for l2norm in (False, True):
         chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=offsets, use_qk_l2norm=l2norm)
@@ -326,8 +306,7 @@ def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
             offsets,
             has_initial_state=known,
             use_qk_l2norm=True,
-            A_log=parameter,
-            dt_bias=parameter,
+            **shapes.gate_parameters(device),
         )
 
 

@@ -77,15 +77,13 @@ def packed_decode(
 
 def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     gates = torch.zeros(2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
-    parameter = torch.zeros(shapes.num_v_heads, device=device)
     packed_decode(
         torch.zeros(2, shapes.conv_channels, dtype=shapes.dtype, device=device),
         gates,
         gates,
-        parameter,
-        parameter,
-        warm_pool(shapes, device),
-        torch.arange(2, dtype=shapes.index_dtype, device=device),
+        **shapes.gate_parameters(device),
+        state=warm_pool(shapes, device),
+        state_indices=torch.arange(2, dtype=shapes.index_dtype, device=device),
         num_k_heads=shapes.num_k_heads,
     )
 

@@ -37,15 +37,15 @@ def gating(
     Raises:
         TypeError, ValueError: as ``contracts.gating`` lists.
 
-    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464; the gate of Dao and Gu, arXiv 2405.21060.
+    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464; the gate as in Dao and Gu, arXiv
+    2405.21060.
     """
     return torch.ops.gdn.gating(a, b, A_log, dt_bias, beta_scale=beta_scale)
 
 
 def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     a = torch.zeros(2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
-    parameter = torch.zeros(shapes.num_v_heads, device=device)
-    gating(a, a, parameter, parameter)
+    gating(a, a, **shapes.gate_parameters(device))
 
 
 launch.register_warmup("gating", _warm)
