@@ -619,6 +619,7 @@ def serve(
         report.line(f"warm-up built {built.built} binaries in {data['seconds']['warm-up']:.1f} s")
 
     operators(report, shape, device)
+    before_serving = launch.binaries()  # the table of errors also runs forms that the model does not
 
     report.line(f"\n{'check':<50}  found")
     # New requests sit in the odd slots; the even ones are for the comparison.
@@ -648,6 +649,9 @@ def serve(
     report.check("KL of decode against prefill", 0 <= kl < KL_LIMIT, f"{kl:.1e}, limit {KL_LIMIT}")
 
     compiled_phases(report, server, text)
+    if kind == "cuda":
+        data["binaries"]["serving"] = built_late = launch.binaries() - before_serving
+        report.check("warm-up built all binaries", built_late == 0, f"{built_late} more built while serving")
 
     report.line("\nspeed")
     for name, value in speed.items():
@@ -712,8 +716,6 @@ def compiled_phases(report: Report, server: Server, text: bytes) -> None:
         data["tokens_per_second"]["decode, CUDA graph"] = round(
             rows * DECODE_TOKENS / data["seconds"]["decode, CUDA graph"], 1
         )
-        data["binaries"]["after warm-up"] = launch.binaries() - data["binaries"]["warm-up"]
-        report.line(f"  {'binaries built after warm-up':<48}  {data['binaries']['after warm-up']}")
     data["captured_equals_eager"] = not unequal
     data["token_counts"] = sorted(counts)
     data["graphs"], data["recompiles"] = backend.graphs, backend.graphs - 1

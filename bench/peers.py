@@ -1,0 +1,70 @@
+"""GPU time in us that other packages need on the bench's shapes, on one H100.
+
+Measured on an NVIDIA H100 80GB HBM3 (SXM), torch 2.11.0+cu130, triton 3.6.0, 2026-11-23: median of 20 CUDA-graph
+replays of 5 calls each. Head size 128.
+
+fla: fla-core 0.6.0, its Triton path. sglang: 0.5.23, ``kernels.ops.attention.fla`` (decode: its packed kernel and its
+fused sigmoid gating one, fsg). flashqla: flash-qla 0.1.3 with tilelang 0.1.15. flashinfer: flashinfer-python
+0.7.2.post1 with nvidia-cutlass-dsl 4.8.0.
+"""
+
+from __future__ import annotations
+
+# rows -> RMS norm of 128 columns times silu(z), bf16, buffers rotated.
+NORM: dict[int, dict[str, float]] = {
+    32: {"sglang": 3.6, "fla": 2.6},
+    512: {"sglang": 2.8, "fla": 2.5},
+    4096: {"sglang": 3.1, "fla": 3.0},
+    16384: {"sglang": 6.4, "fla": 5.8},
+    65536: {"sglang": 19.0, "fla": 18.7},
+    262144: {"sglang": 69.0, "fla": 69.0},
+    1048576: {"sglang": 268.3, "fla": 265.0},
+}
+
+# H, HV, rows, state dtype -> one token a row, bf16 activations, a pool of twice as many slots at random indices
+# (flashinfer with fp32 states and fla: packed states), the same buffers every call.
+DECODE: dict[tuple[int, int, int, str], dict[str, float]] = {
+    (16, 32, 1, "bfloat16"): {"sglang_packed": 4.3, "sglang_fsg": 4.6, "flashinfer": 3.7},
+    (16, 32, 1, "float32"): {"sglang_packed": 5.9, "sglang_fsg": 5.9, "fla": 4.7, "flashinfer": 5.0},
+    (16, 32, 8, "float32"): {"sglang_packed": 11.3, "sglang_fsg": 11.6, "fla": 15.4, "flashinfer": 10.3},
+    (16, 32, 32, "bfloat16"): {"sglang_packed": 21.3, "sglang_fsg": 25.3, "flashinfer": 18.3},
+    (16, 32, 32, "float32"): {"sglang_packed": 52.1, "sglang_fsg": 55.1, "fla": 59.3, "flashinfer": 51.4},
+    (16, 32, 128, "bfloat16"): {"sglang_packed": 99.0, "sglang_fsg": 104.0, "flashinfer": 100.9},
+    (16, 32, 128, "float32"): {"sglang_packed": 188.5, "sglang_fsg": 200.4, "fla": 221.2, "flashinfer": 186.7},
+    (16, 32, 256, "float32"): {"sglang_packed": 370.0, "sglang_fsg": 393.2, "fla": 440.1, "flashinfer": 367.6},
+    (16, 64, 32, "float32"): {"sglang_packed": 96.7, "sglang_fsg": 101.1, "fla": 113.0, "flashinfer": 96.1},
+    (16, 64, 128, "float32"): {"sglang_packed": 367.6, "sglang_fsg": 386.3, "fla": 437.8, "flashinfer": 367.4},
+}
+
+# H, HV, sequences -> bf16, q and k normalised beforehand, g = logsigmoid(normal) / 16 and beta = sigmoid(normal) in
+# fp32, fp32 initial states given and final states written.
+PREFILL: dict[tuple[int, int, str], dict[str, float]] = {
+    (16, 32, "2048"): {"flashinfer": 112.1},
+    (16, 32, "32768"): {"flashinfer": 843.3},
+    (16, 32, "32x256"): {"flashinfer": 166.3},
+    (16, 32, "512"): {"flashinfer": 64.1},
+    (16, 32, "8192"): {"flashinfer": 265.9},
+    (16, 32, "8x1024"): {"flashinfer": 128.5},
+    (16, 32, "mixed64"): {"flashinfer": 434.5},
+    (16, 64, "8192"): {"flashqla": 402.0, "fla": 950.6, "sglang": 1049.0, "flashinfer": 419.4},
+    (2, 8, "32768"): {"flashqla": 251.4, "fla": 970.8, "sglang": 1232.2, "flashinfer": 248.6},
+    (2, 8, "8192"): {"flashqla": 128.3, "fla": 242.3, "sglang": 311.8, "flashinfer": 117.3},
+}
+
+# channels, sequences -> width 4, silu, channel-last pool read and written.
+CONV: dict[tuple[int, str], dict[str, float]] = {
+    (8192, "2048"): {"sglang": 33.5},
+    (8192, "32768"): {"sglang": 457.1},
+    (8192, "8192"): {"sglang": 118.6},
+    (8192, "8x1024"): {"sglang": 119.2},
+    (8192, "mixed64"): {"sglang": 365.0},
+}
+
+# channels, rows -> the same for one new token a row.
+CONV_UPDATE: dict[tuple[int, int], dict[str, float]] = {
+    (8192, 1): {"sglang": 2.6},
+    (8192, 8): {"sglang": 3.1},
+    (8192, 32): {"sglang": 3.5},
+    (8192, 128): {"sglang": 6.7},
+    (8192, 256): {"sglang": 11.1},
+}

@@ -1,0 +1,440 @@
+"""Capture mode, configurations as tables, pinning, launching and warm-up, all without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gdn_kernels
+from gdn_kernels import launch
+from gdn_kernels.launch import Target
+
+TARGETS = [
+    *(Target("cuda", arch) for arch in (80, 86, 89, 90, 100, 103, 120)),
+    *(Target("hip", arch) for arch in ("gfx942", "gfx950")),
+    Target("interpreter", 0),
+]
+HEAD_DIMS = (64, 128, 256)
+
+
+def elsewhere(function):
+    """What ``function`` returns in another thread."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Capture mode and debug checks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_capture_mode_nests() -> None:
+    assert not launch.is_capturing()
+    with launch.capture_mode():
+        with launch.capture_mode():
+            assert launch.is_capturing()
+        assert launch.is_capturing()
+    assert not launch.is_capturing()
+
+
+def test_capture_mode_is_seen_by_every_thread() -> None:
+    assert elsewhere(launch.is_capturing) is False
+    with launch.capture_mode():
+        assert elsewhere(launch.is_capturing) is True
+    assert elsewhere(launch.is_capturing) is False
+
+
+def test_capture_modes_of_two_threads_overlap() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def worker() -> None:
+        with launch.capture_mode():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=worker)
+    with launch.capture_mode():
+        thread.start()
+        assert inside.wait(10)
+    # this thread has left it, the worker has not
+    assert launch.is_capturing()
+    done.set()
+    thread.join()
+    assert not launch.is_capturing()
+
+
+def test_an_exception_leaves_capture_mode() -> None:
+    with pytest.raises(KeyError), launch.capture_mode():
+        raise KeyError("inside")
+    assert not launch.is_capturing()
+
+
+def test_fake_tensors_are_capture_mode() -> None:
+    with FakeTensorMode():
+        assert launch.is_capturing()
+    assert not launch.is_capturing()
+
+
+def test_dynamo_sees_capture_mode_as_constant() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if launch.is_capturing() else x, backend="eager", fullgraph=True)
+    x = torch.zeros(3)
+    assert torch.equal(compiled(x), x + 1)
+    with torch.compiler.set_stance("fail_on_recompile"), launch.capture_mode():
+        assert torch.equal(compiled(x), x + 1)
+
+
+def test_reading_capture_mode_initialises_no_gpu() -> None:
+    before = torch.cuda.is_initialized()
+    launch.is_capturing()
+    assert torch.cuda.is_initialized() == before
+
+
+def test_debug_checks_nest_and_an_exception_leaves_them() -> None:
+    with launch.debug_checks():
+        with launch.debug_checks():
+            assert launch.debugging()
+        assert launch.debugging()
+        assert elsewhere(launch.debugging) is True
+    assert not launch.debugging()
+    with pytest.raises(KeyError), launch.debug_checks():
+        raise KeyError("inside")
+    assert not launch.debugging()
+
+
+def test_capture_mode_silences_debug_checks() -> None:
+    with launch.debug_checks():
+        with launch.capture_mode():
+            assert not launch.debugging()
+        with FakeTensorMode():
+            assert not launch.debugging()
+        assert launch.debugging()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configurations
+# ---------------------------------------------------------------------------------------------------------------
+
+LADDERS = {
+    "norm": launch.NORM_LADDER,
+    "recurrent": launch.RECURRENT_LADDER,
+    **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
+}
+CONFIGS = {
+    "gating": launch.GATING_CONFIG,
+    "split": launch.SPLIT_CONFIG,
+    "conv": launch.CONV_CONFIG,
+    "conv-update": launch.CONV_UPDATE_CONFIG,
+    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
+    **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
+}
+TYPES = {type(config) for config in CONFIGS.values()}
+
+
+def power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES, key=lambda kind: kind.__name__))
+def test_configurations_are_frozen_and_hashable(kind: type) -> None:
+    config = next(config for config in CONFIGS.values() if type(config) is kind)
+    assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
+    assert hash(config) == hash(dataclasses.replace(config)) and config == dataclasses.replace(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_warps = 1
+
+
+def test_every_kind_of_configuration_is_in_the_tables() -> None:
+    declared = {kind for name, kind in vars(launch).items() if inspect.isclass(kind) and name.endswith("Config")}
+    assert declared == TYPES
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rung_is_well_formed(name: str) -> None:
+    config = CONFIGS[name]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        assert isinstance(value, int)
+        if field.name == "num_stages":
+            assert 1 <= value <= 4
+        else:
+            assert power_of_two(value), f"{field.name} = {value}"
+    assert 1 <= config.num_warps <= 16
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_the_limits_of_a_ladder_rise(name: str) -> None:
+    limits = [limit for limit, _ in LADDERS[name]]
+    assert limits == sorted(set(limits)) and all(map(power_of_two, limits))
+
+
+@pytest.mark.parametrize("name", [name for name in LADDERS if name != "norm"])
+def test_a_ladder_covers_every_head_size(name: str) -> None:
+    assert tuple(limit for limit, _ in LADDERS[name]) == HEAD_DIMS
+    for limit, config in LADDERS[name]:
+        # V is never below 64, and a tile of state rows must divide it
+        assert config.block_v <= 64, f"K = {limit}"
+
+
+@pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
+def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
+    config = launch.norm_config(group)
+    assert config.block_cols >= min(group, 8192)
+    smaller = [limit for limit, _ in launch.NORM_LADDER if limit >= group]
+    assert config is dict(launch.NORM_LADDER)[min(smaller)]
+    # a thread holds at most 64 fp32 elements of a tile
+    assert config.block_rows * config.block_cols <= 64 * 32 * config.num_warps
+
+
+def test_a_group_past_the_ladder_names_the_limit() -> None:
+    with pytest.raises(NotImplementedError, match=r"^group_size must be at most 65536, got 65537$"):
+        launch.norm_config(65537)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("size", HEAD_DIMS)
+def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> None:
+    def family(ladder: dict) -> object:
+        """The architecture's own entry, or its vendor's; the interpreter stands for a GPU of the first."""
+        return target.arch if target.arch in ladder else "hip" if target.backend == "hip" else "cuda"
+
+    assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
+    assert launch.prep_config(target) is launch.PREP_LADDER[family(launch.PREP_LADDER)]
+    assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
+
+
+def test_a_head_size_past_the_ladders_names_the_limit() -> None:
+    for call in (lambda: launch.recurrent_config(512), lambda: launch.scan_config(512, Target("cuda", 90))):
+        with pytest.raises(NotImplementedError, match=r"^head_k_dim must be at most 256, got 512$"):
+            call()
+
+
+def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
+    assert Target("cuda", 90).shared_memory == 227 * 1024
+    assert Target("cuda", 87).shared_memory == 99 * 1024
+
+
+def test_no_chooser_takes_a_token_count() -> None:
+    static = {"group_size", "head_k_dim", "target"}
+    for name, chooser in launch._CHOOSERS.items():
+        assert set(inspect.signature(chooser).parameters) <= static, name
+
+
+FACTS = {
+    "layer_norm_gated": [(128,), (20000,)],
+    "l2norm": [(64,)],
+    "gating": [()],
+    "split_qkvz_ba": [()],
+    "causal_conv1d": [()],
+    "causal_conv1d_update": [()],
+    "recurrent": [(size,) for size in HEAD_DIMS],
+    "chunk_prep": [(target,) for target in TARGETS],
+    "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
+}
+
+
+def test_a_configuration_is_the_same_in_capture_mode_and_outside() -> None:
+    assert FACTS.keys() == launch._CHOOSERS.keys()
+    for name, all_facts in FACTS.items():
+        for facts in all_facts:
+            outside = launch.config(name, *facts)
+            with launch.capture_mode():
+                assert launch.config(name, *facts) is outside
+            assert launch._CHOOSERS[name](*facts) == outside
+
+
+def test_a_cpu_tensor_has_the_interpreters_target() -> None:
+    assert launch.target(torch.device("cpu")) == Target("interpreter", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pinning
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pin_holds_nests_and_is_undone() -> None:
+    own = launch.config("gating")
+    first, second = launch.RowsConfig(1, 1), launch.RowsConfig(2, 2)
+    with launch.pinned("gating", first):
+        assert launch.config("gating") is first
+        with launch.pinned("gating", second):
+            assert launch.config("gating") is second
+        assert launch.config("gating") is first
+        assert launch.config("split_qkvz_ba") is launch.SPLIT_CONFIG
+    assert launch.config("gating") is own
+
+
+def test_a_pin_ignores_the_facts() -> None:
+    pin = launch.RecurrentConfig(8, 1)
+    with launch.pinned("recurrent", pin):
+        assert {launch.config("recurrent", size) for size in HEAD_DIMS} == {pin}
+
+
+def test_an_exception_undoes_a_pin() -> None:
+    own = launch.config("gating")
+    with pytest.raises(KeyError), launch.pinned("gating", launch.RowsConfig(1, 1)):
+        raise KeyError("inside")
+    assert launch.config("gating") is own
+
+
+def test_an_unknown_kernel_cannot_be_pinned() -> None:
+    message = r"^kernel must be one of layer_norm_gated, .*chunk_scan, got 'chunk'$"
+    with pytest.raises(ValueError, match=message), launch.pinned("chunk", launch.GATING_CONFIG):
+        pass
+    assert not launch._pins
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launching, with a stand-in kernel
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """Records what it is launched and compiled with, as a Triton kernel would be."""
+
+    __name__ = "stand_in"
+
+    def __init__(self) -> None:
+        self.launched, self.warmed, self.device_caches = [], [], {}
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append((grid, args, options))
+
+    def warmup(self, *args, **options):
+        self.warmed.append((args, options))
+        return "binary"
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launch, "_kernels", {})
+    return Kernel()
+
+
+CONFIG = launch.RowsConfig(block_rows=4, num_warps=2)
+
+
+def test_run_launches_with_the_configuration_and_pinned_fusion(kernel: Kernel) -> None:
+    x = torch.zeros(3)
+    launch.run(kernel, (5,), x, 7, config=CONFIG, BLOCK=4)
+    ((grid, args, options),) = kernel.launched
+    assert grid == (5,) and args[0] is x and args[1] == 7
+    assert options == {"BLOCK": 4, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
+
+
+@pytest.mark.parametrize("grid", [(0,), (0, 3), (3, 0)], ids=str)
+def test_an_empty_grid_launches_and_compiles_nothing(kernel: Kernel, grid: tuple[int, ...]) -> None:
+    launch.run(kernel, grid, torch.zeros(0), config=CONFIG)
+    with launch.compile_only() as compiled:
+        launch.run(kernel, grid, torch.zeros(0), config=CONFIG)
+    assert not kernel.launched and not kernel.warmed and not compiled
+
+
+def test_compile_only_collects_and_launches_nothing(kernel: Kernel) -> None:
+    with launch.compile_only() as compiled:
+        launch.run(kernel, (5,), torch.zeros(3), config=CONFIG, BLOCK=4)
+    assert compiled == [("stand_in", "binary")] and not kernel.launched
+    assert kernel.warmed[0][1] == {
+        "grid": (5,),
+        "BLOCK": 4,
+        "num_warps": 2,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+    launch.run(kernel, (5,), torch.zeros(3), config=CONFIG)
+    assert len(kernel.launched) == 1 and len(compiled) == 1
+
+
+def test_compile_only_forces_its_target_and_restores(kernel: Kernel) -> None:
+    cpu, target = torch.device("cpu"), Target("hip", "gfx942")
+    with launch.compile_only(target) as outer:
+        assert launch.target(cpu) == target
+        with launch.compile_only(Target("cuda", 80)) as inner:
+            assert launch.target(cpu) == Target("cuda", 80)
+            launch.run(kernel, (1,), torch.zeros(1), config=CONFIG)
+        with launch.compile_only():
+            assert launch.target(cpu) == target
+        assert launch.target(cpu) == target
+    assert len(inner) == 1 and not outer
+    with pytest.raises(KeyError), launch.compile_only(target):
+        raise KeyError("inside")
+    assert launch.target(cpu) == Target("interpreter", 0)
+
+
+def test_binaries_counts_what_the_kernels_hold(kernel: Kernel) -> None:
+    assert launch.binaries() == 0
+    launch.run(kernel, (1,), torch.zeros(1), config=CONFIG)
+    assert launch.binaries() == 0
+    kernel.device_caches = {0: ({"a": 1, "b": 2}, {}), 1: ({"a": 1}, {})}
+    assert launch.binaries() == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Warm-up
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_warmup_runs_every_operator_in_capture_mode_and_builds_nothing_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = {}
+
+    def watched(name, call):
+        def run(shapes, device):
+            seen[name] = launch.is_capturing(), torch.is_grad_enabled(), device
+            call(shapes, device)
+
+        return run
+
+    monkeypatch.setattr(launch, "_warmups", {name: watched(name, call) for name, call in launch._warmups.items()})
+    named = []
+    report = launch.warmup(launch.ModelShapes(1, 2, 64, 64), "cpu", progress=named.append)
+    assert report.built == 0 and report.seconds > 0
+    assert tuple(named) == report.operators == tuple(launch._warmups) == tuple(seen)
+    assert set(seen.values()) == {(True, False, torch.device("cpu"))}
+    assert not launch.is_capturing()
+
+
+def test_warmup_reaches_every_operator_a_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "gdn":
+                called.add(func._schema.name.removeprefix("gdn::"))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        launch.warmup(launch.ModelShapes(1, 2, 64, 64), "cpu")
+    layer = {"split_qkvz_ba", "causal_conv1d", "causal_conv1d_update", "chunk_gated_delta_rule_paged", "packed_decode"}
+    assert called >= layer | {"layer_norm_gated", "gating", "l2norm", "recurrent_gated_delta_rule"}
+
+
+def test_warmup_touches_no_state_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call makes its own tensors: it is given shapes and a device, nothing else."""
+    for name, call in launch._warmups.items():
+        assert len(inspect.signature(call).parameters) == 2, name
+    monkeypatch.setattr(launch, "_warmups", {"broken": lambda shapes, device: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        launch.warmup(launch.ModelShapes(1, 1), "cpu")
+    assert not launch.is_capturing()
+
+
+def test_a_model_has_the_conv_channels_of_its_heads() -> None:
+    shapes = launch.ModelShapes(num_k_heads=2, num_v_heads=6, head_k_dim=64, head_v_dim=128)
+    assert shapes.conv_channels == 2 * 2 * 64 + 6 * 128
+    assert hash(shapes) == hash(dataclasses.replace(shapes))
+
+
+def test_the_package_exports_what_it_lists() -> None:
+    assert all(hasattr(gdn_kernels, name) for name in gdn_kernels.__all__)
+    assert isinstance(gdn_kernels.launch, types.ModuleType)
