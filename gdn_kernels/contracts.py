@@ -401,6 +401,7 @@ def causal_conv1d_verify(
         parents=parents,
     )
     if launch.debugging():
+        _slot_values("state_indices", state_indices, conv_state.shape[0], pad_slot_id, unique=False)
         _slot_values("intermediate_indices", intermediate_indices, intermediate_windows.shape[0], pad_slot_id)
         _parent_values(parents)
 
@@ -458,8 +459,12 @@ def _delta_rule(
     if launch.debugging():
         if cu_seqlens is not None:
             _offset_values(cu_seqlens, tokens)
-        if not raw and bool((g > 0).any()):
-            raise ValueError(f"g must be at most 0, got {g.max().item()}")
+        if not raw:
+            # padding rows may hold anything
+            real = g if cu_seqlens is None else g[:, : int(cu_seqlens[-1])]
+            positive = real[real > 0]
+            if positive.numel():
+                raise ValueError(f"g must be at most 0, got {positive.max().item()}")
     return count, num_v_heads, head_v_dim, head_k_dim
 
 
@@ -541,7 +546,7 @@ def chunk_gated_delta_rule_paged(
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id, unique=write_indices is None)
         _slot_values("write_indices", write_indices, state.shape[0], pad_slot_id)
-        _alias_values(state_indices, write_indices)
+        _alias_values(state_indices, write_indices, pad_slot_id)
 
 
 def chunk_gated_delta_rule_paged_checkpoints(
@@ -617,7 +622,7 @@ def recurrent_gated_delta_rule_paged(
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id, unique=write_indices is None)
         _slot_values("write_indices", write_indices, state.shape[0], pad_slot_id)
-        _alias_values(state_indices, write_indices)
+        _alias_values(state_indices, write_indices, pad_slot_id)
         if state_indices.dim() == 2:
             _range_values("num_accepted_tokens", num_accepted_tokens, 1, state_indices.shape[1])
 
@@ -781,13 +786,13 @@ def _slot_values(
         raise ValueError(f"{name} must name each slot once, got {indices.tolist()}")
 
 
-def _alias_values(read: torch.Tensor, write: torch.Tensor | None) -> None:
+def _alias_values(read: torch.Tensor, write: torch.Tensor | None, pad_slot_id: int) -> None:
     """A row may write the slot it reads, never the slot another row reads."""
     if write is None:
         return
     reads, writes = read.tolist(), write.tolist()
     for row, slot in enumerate(writes):
-        if slot >= 0 and any(other != row and slot == r for other, r in enumerate(reads)):
+        if slot >= 0 and slot != pad_slot_id and any(other != row and slot == r for other, r in enumerate(reads)):
             raise ValueError(f"write_indices must not name a slot that another row reads, got {slot} in row {row}")
 
 

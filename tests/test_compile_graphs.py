@@ -6,6 +6,7 @@ specialised by Dynamo itself). A graph is counted once its backend has compiled 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,16 @@ def no_gradients():
     torch._dynamo.reset()
 
 
+@functools.cache
+def varying(name: str) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Of each tensor of the call: its strides with several tokens, and the dimensions that follow the count."""
+    few, more = (token_cases.make(name, count).tensors for count in (7, 9))
+    return [
+        (x.stride(), [dim for dim in range(x.dim()) if x.shape[dim] != y.shape[dim]])
+        for x, y in zip(few, more, strict=True)
+    ]
+
+
 def mark(call: Call, name: str) -> Call:
     """The call on tensors of the same strides, with the dimensions that follow its count marked unbacked.
 
@@ -63,12 +74,11 @@ def mark(call: Call, name: str) -> Call:
     of one token in views; neither is the operator's doing. So these are no views, and one token has the stride of many.
     """
     tensors = {}
-    for x, few, more in zip(call.tensors, *(token_cases.make(name, count).tensors for count in (7, 9)), strict=True):
-        strides = [s if size != 1 else known for size, s, known in zip(x.shape, x.stride(), few.stride(), strict=True)]
+    for x, (known, dims) in zip(call.tensors, varying(name), strict=True):
+        strides = [a if size != 1 else b for size, a, b in zip(x.shape, x.stride(), known, strict=True)]
         own = torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-        for dim in range(x.dim()):
-            if few.shape[dim] != more.shape[dim]:
-                torch._dynamo.decorators.mark_unbacked(own, dim)
+        for dim in dims:
+            torch._dynamo.decorators.mark_unbacked(own, dim)
         tensors[id(x)] = own
     return call.map(lambda x: tensors[id(x)])
 

@@ -155,8 +155,8 @@ def prep_kernel(
             # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
             total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
 
-            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a runtime
-            # number, because a loop of one known turn dissolves and keeps its tiles alive (472 to 692 bytes of spills).
+            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a
+            # runtime number, because a loop of one known turn dissolves and its tiles live on (692 bytes of spills).
             row = o64[:, None]
             column = o64[None, :]
             k_offsets = row * stride_k_t + column
