@@ -80,6 +80,27 @@ def host_us(call: Call, rounds: int = HOST_ROUNDS) -> float:
     return statistics.median(times) * 1e6
 
 
+def queued_host_us(call: Call, calls: int = 250 if ON_GPU else 5, rounds: int = 20 if ON_GPU else 2) -> float:
+    """Host time of one eager call in us: the median of ``rounds`` of ``calls`` calls each.
+
+    On a GPU a kernel that sleeps comes first, so that the queue never runs dry and the host never waits; it holds 1,024
+    launches, so ``calls`` of up to four launches do not fill it.
+    """
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        if ON_GPU:
+            torch.cuda._sleep(60_000_000)  # about 35 ms
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    synchronize()
+    return statistics.median(times) * 1e6
+
+
 def kernels_us(call: Call, repeats: int = 10) -> dict[str, float]:
     """GPU time of each kernel of one eager call in us, by the profiler, over the same buffers every time."""
     call()

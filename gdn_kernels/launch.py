@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from gdn_kernels import replay
+
 # ---------------------------------------------------------------------------------------------------------------
 # Capture mode and debug checks
 # ---------------------------------------------------------------------------------------------------------------
@@ -362,9 +364,46 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, **constexpr
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constexprs, **options)
+            compiled = kernel[grid](*args, **constexprs, **options)
     else:
-        kernel[grid](*args, **constexprs, **options)
+        compiled = kernel[grid](*args, **constexprs, **options)
+    recording = replay.current()
+    if recording is not None:
+        rest = (constexprs[name] for name in kernel.arg_names[len(args) :])
+        recording.launched(compiled, grid, (*args, *rest))
+
+
+def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None, zero: bool = False) -> torch.Tensor:
+    """A fresh contiguous tensor beside ``like``, of its dtype unless another is given; zeros where asked."""
+    make = like.new_zeros if zero else like.new_empty
+    tensor = make(shape, dtype=dtype or like.dtype)
+    recording = replay.current()
+    if recording is not None:
+        recording.allocated(tensor, zero)
+    return tensor
+
+
+def view(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """``tensor``, which is a view of ``base``: said aloud, so that a replay knows where its pointer comes from."""
+    recording = replay.current()
+    if recording is not None:
+        recording.viewed(tensor, base)
+    return tensor
+
+
+def replayable() -> bool:
+    """True where a recorded call may stand for a new one: no pins, debug checks, compile-only mode, launch hooks."""
+    if _pins or _debug_depth or _compiled is not None:
+        return False
+    global _runtime
+    if _runtime is None:
+        import triton
+
+        _runtime = triton.knobs.runtime
+    return not (getattr(_runtime.launch_enter_hook, "calls", True) or getattr(_runtime.launch_exit_hook, "calls", True))
+
+
+_runtime: Any = None
 
 
 @contextlib.contextmanager

@@ -347,8 +347,11 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
     return calls
 
 
+def all_calls(m: Inputs, chunked: bool = True) -> list[Call]:
+    """Every operator's calls on inputs of ``m``."""
+    return [*norm_calls(m), *gating_calls(m), *split_calls(m), *conv_calls(m), *delta_calls(m, chunked)]
+
+
 def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Call]:
     """Every operator's calls, freshly made: running one writes its tensors."""
-    m = Inputs(device, dtype)
-    chunked = device == "cpu" or dtype is not torch.float32
-    return [*norm_calls(m), *gating_calls(m), *split_calls(m), *conv_calls(m), *delta_calls(m, chunked)]
+    return all_calls(Inputs(device, dtype), chunked=device == "cpu" or dtype is not torch.float32)

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "gdn_kernels"
 
 # Who stands above whom. A unit imports units of a lower rank and itself; those of TOP also import each other.
 RANK = {
+    "replay": -1,
     "launch": 0,
     "contracts": 1,
     "reference": 1,

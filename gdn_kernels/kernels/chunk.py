@@ -372,9 +372,9 @@ def _launch(
     target = launch.target(q.device)
     prep = launch.config("chunk_prep", target)
     scan = launch.config("chunk_scan", K, target)
-    x = q.new_empty((places, HV, CHUNK, K))
-    r = q.new_empty((places, HV, CHUNK, CHUNK))
-    factors = q.new_empty((places, HV, 4, CHUNK), dtype=torch.float32)
+    x = launch.empty(q, places, HV, CHUNK, K)
+    r = launch.empty(q, places, HV, CHUNK, CHUNK)
+    factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
     launch.run(
         prep_kernel,
         (places * HV,),
@@ -461,8 +461,8 @@ def chunk_gated_delta_rule(
     beta_scale=1.0,
 ):
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = v.new_empty(v.shape)
-    final = v.new_empty((count, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
+    o = launch.empty(v, *v.shape)
+    final = launch.empty(v, count, v.shape[2], v.shape[3], q.shape[3], dtype=torch.float32)
     _launch(
         q,
         k,

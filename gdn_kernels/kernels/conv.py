@@ -486,7 +486,7 @@ def causal_conv1d(
 ) -> torch.Tensor:
     T, D = x.shape
     N, W = cu_seqlens.shape[0] - 1, weight.shape[1]
-    out = x.new_empty((T, D))
+    out = launch.empty(x, T, D)
     if T == 0:
         return out
     unit, strides = _x_strides(x)
@@ -535,9 +535,9 @@ def causal_conv1d_update(
     activation: str | None = "silu",
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
-    out = x.new_empty(x.shape)
+    out = launch.empty(x, *x.shape)
     if x.dim() == 2:
-        x = x.unsqueeze(1)
+        x = launch.view(x.unsqueeze(1), x)
     N, tokens, D = x.shape
     W, L = weight.shape[1], conv_state.shape[2]
     if tokens == 0:
@@ -590,7 +590,7 @@ def causal_conv1d_verify(
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
     N, tokens, D = x.shape
-    out = x.new_empty((N, tokens, D))
+    out = launch.empty(x, N, tokens, D)
     if tokens == 0:
         return out
     unit, strides = _x_strides(x)

@@ -4,6 +4,7 @@ The kernel is the recurrent one with a single token and raw gates; q, k and v ar
 place by their strides. So decode has the bits of a verification of one token.
 """
 
+from gdn_kernels import launch
 from gdn_kernels.kernels.recurrent import recurrent_gated_delta_rule_paged
 
 
@@ -25,11 +26,11 @@ def packed_decode(
     keys = num_k_heads * K
     q, k, v = mixed_qkv.unsqueeze(1).split((keys, keys, HV * V), dim=-1)
     o = recurrent_gated_delta_rule_paged(
-        q.unflatten(-1, (num_k_heads, K)),
-        k.unflatten(-1, (num_k_heads, K)),
-        v.unflatten(-1, (HV, V)),
-        a.unsqueeze(1),
-        b.unsqueeze(1),
+        launch.view(q.unflatten(-1, (num_k_heads, K)), mixed_qkv),
+        launch.view(k.unflatten(-1, (num_k_heads, K)), mixed_qkv),
+        launch.view(v.unflatten(-1, (HV, V)), mixed_qkv),
+        launch.view(a.unsqueeze(1), a),
+        launch.view(b.unsqueeze(1), b),
         state,
         state_indices,
         scale=scale,
@@ -38,4 +39,4 @@ def packed_decode(
         dt_bias=dt_bias,
         pad_slot_id=pad_slot_id,
     )
-    return o.squeeze(1)
+    return launch.view(o.squeeze(1), o)

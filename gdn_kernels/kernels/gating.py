@@ -61,8 +61,8 @@ def gating(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, *, beta_scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_heads = a.shape[-1]
-    g = a.new_empty(a.shape, dtype=torch.float32)
-    beta = a.new_empty(a.shape, dtype=torch.float32)
+    g = launch.empty(a, *a.shape, dtype=torch.float32)
+    beta = launch.empty(a, *a.shape, dtype=torch.float32)
     n_inner = a.shape[1] if a.dim() == 3 else 1
     n_rows = a.shape[0] * n_inner
 

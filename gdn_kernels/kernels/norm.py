@@ -253,7 +253,7 @@ def layer_norm_gated(
     group_size: int | None = None,
     activation: str = "silu",
 ) -> torch.Tensor:
-    out = x.new_empty(x.shape)
+    out = launch.empty(x, *x.shape)
     layer_norm_gated_out(
         x,
         weight,
@@ -270,6 +270,6 @@ def layer_norm_gated(
 
 
 def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    out = x.new_empty(x.shape)
+    out = launch.empty(x, *x.shape)
     _launch("l2norm", x, None, None, None, out, "l2", True, eps, x.shape[-1], "silu")
     return out

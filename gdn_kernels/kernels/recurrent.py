@@ -337,7 +337,7 @@ def _inputs(q, k, v, g, beta):
 
 def _output(v, cu_seqlens):
     # tokens past the last offset belong to no program
-    return v.new_empty(v.shape) if cu_seqlens is None else v.new_zeros(v.shape)
+    return launch.empty(v, *v.shape) if cu_seqlens is None else launch.empty(v, *v.shape, zero=True)
 
 
 def _launch(
@@ -418,7 +418,7 @@ def recurrent_gated_delta_rule(
 ):
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = _output(v, cu_seqlens)
-    final = v.new_empty((count, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
+    final = launch.empty(v, count, v.shape[2], v.shape[3], q.shape[3], dtype=torch.float32)
     _launch(
         q,
         k,

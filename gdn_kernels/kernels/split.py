@@ -75,10 +75,10 @@ def split_qkvz_ba(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     T = qkvz.shape[0]
     ratio = num_v_heads // num_k_heads
-    mixed_qkv = qkvz.new_empty((T, 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim))
-    z = qkvz.new_empty((T, num_v_heads, head_v_dim))
-    b = ba.new_empty((T, num_v_heads))
-    a = ba.new_empty((T, num_v_heads))
+    mixed_qkv = launch.empty(qkvz, T, 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim)
+    z = launch.empty(qkvz, T, num_v_heads, head_v_dim)
+    b = launch.empty(ba, T, num_v_heads)
+    a = launch.empty(ba, T, num_v_heads)
     # A single row's stride says nothing about alignment: its width stands in.
     stride = qkvz.stride(0) if T != 1 else qkvz.shape[1]
     unit = stride_unit(qkvz.element_size(), stride)

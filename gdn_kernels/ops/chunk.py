@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gdn_kernels import launch
-from gdn_kernels.ops.registry import Call, define
+from gdn_kernels.ops.registry import Adapter, Call, define
 
 GATES = "Tensor? A_log=None, Tensor? dt_bias=None, float beta_scale=1.0"
 FUNCTIONAL = (
@@ -20,29 +20,35 @@ _PAGED_OPTIONS = (
 )
 
 
-def packed_result(call: Call) -> Call:
-    """Lets q, k, v, g, beta come as ``[T, ...]``, a packed batch without its leading 1, and returns o in that rank."""
-
-    def adapted(q: torch.Tensor, k: Any, v: Any, g: Any, beta: Any, *rest: Any, **options: Any) -> Any:
-        if q.dim() != 3:
-            return call(q, k, v, g, beta, *rest, **options)
-        result = call(*(tensor.unsqueeze(0) for tensor in (q, k, v, g, beta)), *rest, **options)
-        if isinstance(result, tuple):
-            return result[0].squeeze(0), *result[1:]
-        return result.squeeze(0)
-
-    return adapted
+def _is_packed(q: torch.Tensor, *args: Any) -> bool:
+    return q.dim() == 3
 
 
-def _paged_call(call: Call) -> Call:
-    """The same for the paged forms, which write ``out``, of the rank of q."""
+def _lift(first: int) -> Call:
+    """Gives the first ``first`` arguments, ``[T, ...]``, their leading dimension of 1."""
 
-    def adapted(q: torch.Tensor, k: Any, v: Any, g: Any, beta: Any, state: Any, out: Any, *rest: Any, **options: Any):
-        if q.dim() == 3:
-            q, k, v, g, beta, out = (tensor.unsqueeze(0) for tensor in (q, k, v, g, beta, out))
-        return call(q, k, v, g, beta, state, out, *rest, **options)
+    def lift(*args: Any) -> tuple[Any, ...]:
+        lifted = [launch.view(tensor.unsqueeze(0), tensor) for tensor in args[:first]]
+        return *lifted, *args[first:]
 
-    return adapted
+    return lift
+
+
+def _lift_paged(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, out: Any, *rest: Any) -> tuple[Any, ...]:
+    return *_lift(5)(q, k, v, g, beta), state, *_lift(1)(out), *rest
+
+
+def _lower(result: Any) -> Any:
+    """``o`` without its leading dimension; a final state stays as it is."""
+    if isinstance(result, tuple):
+        return _lower(result[0]), *result[1:]
+    return launch.view(result.squeeze(0), result)
+
+
+#: q, k, v, g, beta may come as ``[T, ...]``, a packed batch without its leading 1; ``o`` returns in that rank.
+PACKED = Adapter(_is_packed, _lift(5), _lower)
+#: The same for the paged forms, which write ``out``, of the rank of q.
+_PACKED_OUT = Adapter(_is_packed, _lift_paged, lambda result: result)
 
 
 def fake_functional(
@@ -58,13 +64,13 @@ def fake_functional(
     return v.new_empty(v.shape), v.new_empty((count, v.shape[2], v.shape[3], q.shape[3]), dtype=dtype)
 
 
-define("chunk_gated_delta_rule" + FUNCTIONAL, module="chunk", fake=fake_functional, adapt=packed_result)
+define("chunk_gated_delta_rule" + FUNCTIONAL, module="chunk", fake=fake_functional, adapter=PACKED)
 define(
     "chunk_gated_delta_rule_paged(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
     f"Tensor(b!) out, Tensor state_indices, Tensor cu_seqlens, *, {_PAGED_OPTIONS}) -> ()",
     module="chunk",
     fake=lambda *args, **options: None,
-    adapt=_paged_call,
+    adapter=_PACKED_OUT,
 )
 define(
     "chunk_gated_delta_rule_paged_checkpoints(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
@@ -72,7 +78,7 @@ define(
     f"int checkpoint_interval, {_PAGED_OPTIONS}) -> ()",
     module="chunk",
     fake=lambda *args, **options: None,
-    adapt=_paged_call,
+    adapter=_PACKED_OUT,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gdn_kernels import launch
-from gdn_kernels.ops.chunk import FUNCTIONAL, GATES, fake_functional, packed_result, warm_pool, warm_tensors
+from gdn_kernels.ops.chunk import FUNCTIONAL, GATES, PACKED, fake_functional, warm_pool, warm_tensors
 from gdn_kernels.ops.registry import define
 
 _OPTIONS = f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1"
@@ -17,14 +17,14 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **optio
     return v.new_empty(v.shape)
 
 
-define("recurrent_gated_delta_rule" + FUNCTIONAL, module="recurrent", fake=fake_functional, adapt=packed_result)
+define("recurrent_gated_delta_rule" + FUNCTIONAL, module="recurrent", fake=fake_functional, adapter=PACKED)
 define(
     "recurrent_gated_delta_rule_paged(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, "
     "Tensor state_indices, *, Tensor? cu_seqlens=None, Tensor? write_indices=None, Tensor? num_accepted_tokens=None, "
     f"Tensor? has_initial_state=None, {_OPTIONS}) -> Tensor",
     module="recurrent",
     fake=_fake,
-    adapt=packed_result,
+    adapter=PACKED,
 )
 define(
     "recurrent_gated_delta_rule_verify(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, "
@@ -32,7 +32,7 @@ define(
     f"Tensor? cu_seqlens=None, Tensor? parents=None, Tensor? has_initial_state=None, {_OPTIONS}) -> Tensor",
     module="recurrent",
     fake=_fake,
-    adapt=packed_result,
+    adapter=PACKED,
 )
 
 

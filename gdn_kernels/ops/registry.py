@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from gdn_kernels import contracts
+from gdn_kernels import contracts, launch, replay
 
 library = torch.library.Library("gdn", "DEF")
 
@@ -22,18 +23,27 @@ OPERATORS: list[str] = []
 Call = Callable[..., Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Takes what a user may pass in more than one rank: ``lift`` the arguments, ``lower`` the result again."""
+
+    applies: Callable[..., bool]
+    lift: Call
+    lower: Call
+
+
 def define(
     schema: str,
     *,
     fake: Call,
     module: str | None = None,
     call: Call | None = None,
-    adapt: Callable[[Call], Call] | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Register ``schema`` under ``gdn``; ``contracts`` holds its checks under its name.
 
     With ``module``, ``reference/<module>.py`` and ``kernels/<module>.py`` hold its CPU and GPU implementation under its
-    name; else ``call`` is both. ``adapt`` wraps an implementation, to take what a user may pass in more than one rank.
+    name, and GPU calls are recorded and replayed by their signature; else ``call`` is both.
     """
     name = schema[: schema.index("(")]
     check: Call = getattr(contracts, name)
@@ -43,24 +53,71 @@ def define(
             check(*args, **kwargs)
             return call(*args, **kwargs)
 
-        adapted = run if adapt is None else adapt(run)
-
         def implementation(*args: Any, **kwargs: Any) -> Any:
             contracts.gradients(name, (*args, *kwargs.values()))
-            return adapted(*args, **kwargs)
+            if adapter is not None and adapter.applies(*args):
+                return adapter.lower(run(*adapter.lift(*args), **kwargs))
+            return run(*args, **kwargs)
 
         return implementation
 
     if module is None:
-        on_cpu = on_gpu = call
+        on_cpu = on_gpu = checked(call)
     else:
-        on_cpu = getattr(importlib.import_module(f"gdn_kernels.reference.{module}"), name)
-        on_gpu = _lazy_kernel(module, name)
+        on_cpu = checked(getattr(importlib.import_module(f"gdn_kernels.reference.{module}"), name))
+        on_gpu = _replayed(name, checked(_lazy_kernel(module, name)))
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"gdn::{name}", checked(fake), lib=library)
-    library.impl(name, checked(on_cpu), "CPU")
-    library.impl(name, checked(on_gpu), "CUDA")
+    library.impl(name, on_cpu, "CPU")
+    library.impl(name, on_gpu, "CUDA")
     OPERATORS.append(name)
+
+
+def _replayed(name: str, call: Call) -> Call:
+    """``call``, recorded once for each signature and replayed from then on."""
+    replays: dict[tuple, replay.Replay | None] = {}
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        key: list[Any] = []
+        pointers: list[int] = []
+        replay.signature(args, key, pointers)
+        if kwargs:
+            key += kwargs
+            replay.signature(kwargs.values(), key, pointers)
+        signature = tuple(key)
+        known = replays.get(signature)
+        replayable = launch.replayable()
+        if known is not None and replayable:
+            if torch.is_grad_enabled():
+                contracts.gradients(name, (*args, *kwargs.values()))
+            return known(pointers)
+        if not replayable or signature in replays:
+            return call(*args, **kwargs)
+        args, kwargs = _apart(args, kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        with replay.Recording(name, tensors) as recording:
+            result = call(*args, **kwargs)
+        if len(replays) >= replay.MAX_SIGNATURES:
+            replays.clear()
+        replays[signature] = recording.replay(result)
+        return result
+
+    return implementation
+
+
+def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with every tensor an object of its own: one given twice may be two in the signature's next call."""
+    seen: set[int] = set()
+
+    def apart(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) in seen:
+            return value.detach()
+        seen.add(id(value))
+        return value
+
+    return tuple(map(apart, args)), {key: apart(value) for key, value in kwargs.items()}
 
 
 def _lazy_kernel(module: str, name: str) -> Call:
