@@ -294,6 +294,16 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
+# Programmatic dependent launch: a kernel starts while its predecessor ends, and waits for that end before its first
+# access to memory (kernels/_math.py), so bits do not change.
+PDL = True
+
+
+def has_pdl(target: Target) -> bool:
+    """Whether kernels are launched with programmatic dependent launch: on NVIDIA from sm_90 on."""
+    return PDL and target.backend == "cuda" and target.arch >= 90
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Pinning
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,6 +368,9 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, **constexpr
         return
     _kernels[kernel.__name__] = kernel
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    constexprs["PDL"] = has_pdl(target(args[0].device))
+    if constexprs["PDL"]:
+        options["launch_pdl"] = True
     if _compiled is not None:
         _compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **constexprs, **options)))
         return

@@ -115,11 +115,12 @@ class Recording:
 class Replay:
     """Repeats a recorded call on new pointers, on the current stream of its device."""
 
-    __slots__ = ("allocations", "device", "kind", "launches", "made")
+    __slots__ = ("allocations", "device", "launches", "made", "single")
 
     def __init__(self, device: int, allocations: list, launches: list, made: list[int], kind: type | None) -> None:
         self.device, self.allocations, self.launches = device, allocations, launches
-        self.made, self.kind = made, kind
+        self.made = tuple(made) if kind is tuple else None
+        self.single = made[0] if kind is torch.Tensor else None
 
     def __call__(self, pointers: list[int]) -> Any:
         """``pointers``: of the call's tensors, in the order of its arguments; the list is used up."""
@@ -143,9 +144,9 @@ class Replay:
             for position, number, offset in patches:
                 arguments[position] = pointers[number] + offset
             run(x, y, z, stream, function, metadata, None, None, None, *arguments)
-        if self.kind is torch.Tensor:
-            return tensors[self.made[0]]
-        return tuple([tensors[number] for number in self.made]) if self.kind is tuple else None
+        if self.single is not None:
+            return tensors[self.single]
+        return None if self.made is None else tuple([tensors[number] for number in self.made])
 
 
 def signature(values: Any, key: list, pointers: list[int]) -> None:
@@ -154,6 +155,6 @@ def signature(values: Any, key: list, pointers: list[int]) -> None:
         if isinstance(value, torch.Tensor):
             pointer = value.data_ptr()
             pointers.append(pointer)
-            key += (value.dtype, value.shape, value.stride(), pointer % 16, value.get_device())
+            key += (value.dtype, value.shape, value.stride(), pointer & 15, value.get_device())
         else:
             key.append(value)

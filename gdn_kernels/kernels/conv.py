@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import is_slot, silu, stride_unit
+from gdn_kernels.kernels._math import is_slot, silu, stride_unit, wait_for_inputs
 
 # Elements of a tile of columns in the update and the verify kernel: 16 a thread of four warps.
 MAX_TILE = 2048
@@ -251,7 +251,9 @@ def causal_conv1d_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     # The first N programs of each channel block take a sequence's edge each, the others a tile of tokens: only one
     # program reads and writes a state, and no program waits for another.
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -342,7 +344,9 @@ def causal_conv1d_update_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     n = (program // D_BLOCKS).to(tl.int64)
@@ -416,7 +420,9 @@ def causal_conv1d_verify_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     n = (program // D_BLOCKS).to(tl.int64)

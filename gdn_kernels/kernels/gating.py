@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, sigmoid
+from gdn_kernels.kernels._math import gate, sigmoid, wait_for_inputs
 
 
 @triton.jit(
@@ -37,7 +37,9 @@ def gating_kernel(
     HV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     heads = tl.arange(0, BLOCK_HV)
     head_ok = heads < HV

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit
+from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit, wait_for_inputs
 
 
 @triton.jit
@@ -98,7 +98,9 @@ def norm_kernel(
     NORM: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     program = tl.program_id(0)
     rows = (program // NUM_GROUPS) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = (program % NUM_GROUPS) * GROUP_SIZE

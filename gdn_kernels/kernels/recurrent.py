@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, wait_for_inputs
 
 L2NORM_EPS = tl.constexpr(1e-6)
 
@@ -124,7 +124,9 @@ def recurrent_kernel(
     BLOCK_V: tl.constexpr,
     IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
@@ -245,8 +247,10 @@ def verify_kernel(
     IS_SLOT_PER_TOKEN: tl.constexpr,
     IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Keeps the state after every token: in a slot of its own (IS_SLOT_PER_TOKEN), or at [row, step] of a buffer."""
+    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import stride_unit
+from gdn_kernels.kernels._math import stride_unit, wait_for_inputs
 
 
 @triton.jit
@@ -46,7 +46,9 @@ def split_qkvz_ba_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_RV: tl.constexpr,
     BLOCK_RATIO: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     RV: tl.constexpr = RATIO * V
     HV: tl.constexpr = H * RATIO
     program = tl.program_id(0)

@@ -86,12 +86,13 @@ def _replayed(name: str, call: Call) -> Call:
             replay.signature(kwargs.values(), key, pointers)
         signature = tuple(key)
         known = replays.get(signature)
-        replayable = launch.replayable()
-        if known is not None and replayable:
+        if not launch.replayable():
+            return call(*args, **kwargs)
+        if known is not None:
             if torch.is_grad_enabled():
                 contracts.gradients(name, (*args, *kwargs.values()))
             return known(pointers)
-        if not replayable or signature in replays:
+        if signature in replays:
             return call(*args, **kwargs)
         args, kwargs = _apart(args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
