@@ -304,6 +304,7 @@ class Kernel:
     __name__ = "stand_in"
 
     def __init__(self) -> None:
+        self.arg_names = ["x_ptr", "n", "BLOCK"]
         self.launched, self.warmed, self.device_caches = [], [], {}
 
     def __getitem__(self, grid):
@@ -329,6 +330,27 @@ def test_run_launches_with_the_configuration_and_pinned_fusion(kernel: Kernel) -
     ((grid, args, options),) = kernel.launched
     assert grid == (5,) and args[0] is x and args[1] == 7
     assert options == {"BLOCK": 4, "num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
+
+
+@pytest.mark.parametrize(
+    ("target", "dependent"),
+    [
+        (launch.Target("cuda", 90), True),
+        (launch.Target("cuda", 120), True),
+        (launch.Target("cuda", 80), False),
+        (launch.Target("hip", "gfx942"), False),
+        (launch.Target("interpreter", 0), False),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_waits_is_launched_early_where_the_architecture_can(kernel, target, dependent) -> None:
+    kernel.arg_names = [*kernel.arg_names, "PDL"]
+    with launch.compile_only(target):
+        launch.run(kernel, (5,), torch.zeros(3), config=CONFIG, BLOCK=4)
+    ((_, options),) = kernel.warmed
+    assert options["PDL"] is dependent
+    # backends without it refuse the option
+    assert options.get("launch_pdl", False) is dependent and ("launch_pdl" in options) is dependent
 
 
 @pytest.mark.parametrize("grid", [(0,), (0, 3), (3, 0)], ids=str)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid
 from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, span
 
 CHUNK = 64
@@ -118,10 +118,8 @@ def prep_kernel(
     IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     OPERAND: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One chunk and value head: X, R and the row factors of the scan; and zeros for the tokens of no sequence."""
-    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     hv = pid % HV
     place = (pid // HV).to(tl.int64)
@@ -247,10 +245,8 @@ def scan_kernel(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """BLOCK_V rows of one head's state, along the chunks of one sequence."""
-    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
