@@ -59,19 +59,20 @@ def run_warmup(options: argparse.Namespace) -> int:
     demo.writable(options.json)
     print(f"preset {name}: {shape}")
     if device.type == "cpu":
-        built = launch.WarmupReport(0, 0.0, ())
+        built = launch.WarmupReport(0, 0, 0.0, ())
         print("nothing is to be built: on a CPU the operators are plain PyTorch")
     else:
         progress = demo.Progress()
         built = launch.warmup(shape.shapes(device), device, progress=lambda step: progress(f"warm-up: {step}"))
         progress.clear()
-        print(f"built {built.built} binaries for {len(built.operators)} operators in {built.seconds:.1f} s")
+        print(built)
     demo.write_json(
         options.json,
         {
             "preset": name,
             "device": device.type,
             "built": built.built,
+            "cached": built.cached,
             "seconds": round(built.seconds, 3),
             "operators": list(built.operators),
         },

@@ -616,7 +616,7 @@ def serve(
             # cuBLAS and allocations; the padding slot keeps live states alone
             server.run(model, torch.zeros(1, dtype=torch.long, device=device), server.decode_batch([-1]))
         data["binaries"] = {"warm-up": built.built}
-        report.line(f"warm-up built {built.built} binaries in {data['seconds']['warm-up']:.1f} s")
+        report.line(f"warm-up: {built}")
 
     operators(report, shape, device)
     before_serving = launch.binaries()  # the table of errors also runs forms that the model does not

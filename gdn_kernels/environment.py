@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import gdn_kernels
+import gdn_kernels.replay
 
 #: The split point has no kernel of its own: it calls conv and delta-rule operators.
 SPLIT_POINT = "linear_attention_with_output"
@@ -87,6 +88,9 @@ def implementation(operator: str, device: torch.device) -> dict[str, str]:
     else:
         target = gdn_kernels.launch.target(device)
         why = f"GPU tensors use the Triton kernel, built for {target.backend} {target.arch}"
+        if operator != SPLIT_POINT:
+            failed = gdn_kernels.replay.reasons().get(operator)
+            why += f"; ordinary launches: {failed}" if failed else "; recorded calls are replayed"
     if operator == SPLIT_POINT:
         why += "; it runs convolution and delta-rule operators"
     return {"implementation": name, "why": why}

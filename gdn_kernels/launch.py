@@ -10,6 +10,7 @@ Importing this module does not import Triton and does not touch a GPU.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -191,10 +192,10 @@ class ScanConfig:
     num_stages: int
 
 
-# Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of 8,192. The rung of 128 was searched
-# (RMS norm times silu(z), bf16, rotated buffers, H100, 2026-11-23, us for 32, 4,096, 16,384, 65,536 and 1,048,576 rows):
-# 8 rows in 2 warps 1.4, 2.8, 6.0, 18.6, 264; 16 rows in 4 warps 1.4, 2.9, 6.1, 18.8, 263; 4 rows in 1 warp 1.4, 2.8, 6.0,
-# 21.5, 317; 16 rows in 2 warps 2.0, 3.4, 6.5, 19.3, 262. The others hold about 2,048 elements with 16-byte loads.
+# Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
+# RMS norm times silu(z), bf16, rotated buffers, H100, 2026-11-23, us for 32, 4,096, 16,384, 65,536 and 1,048,576 rows:
+# 8 rows in 2 warps 1.4, 2.8, 6.0, 18.6, 264; 16 rows in 4 warps 1.4, 2.9, 6.1, 18.8, 263; 4 rows in 1 warp 1.4, 2.8,
+# 6.0, 21.5, 317; 16 rows in 2 warps 2.0, 3.4, 6.5, 19.3, 262. The others hold about 2,048 elements, 16 bytes a load.
 NORM_LADDER = (
     (64, NormConfig(32, 64, 4)),
     (128, NormConfig(8, 128, 2)),
@@ -480,11 +481,18 @@ class ModelShapes:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupReport:
-    """What :func:`warmup` did: binaries built, seconds it took, operators it ran."""
+    """What :func:`warmup` did: binaries it made ready, how many of them Triton's disk cache held, seconds, calls."""
 
     built: int
+    cached: int
     seconds: float
     operators: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.built} binaries ready, {self.cached} of them from the disk cache, "
+            f"for {len(self.operators)} calls in {self.seconds:.1f} s"
+        )
 
 
 _warmups: dict[str, Callable[[ModelShapes, torch.device], None]] = {}
@@ -495,21 +503,57 @@ def register_warmup(name: str, call: Callable[[ModelShapes, torch.device], None]
     _warmups[name] = call
 
 
+@contextlib.contextmanager
+def _counting_disk_hits() -> Iterator[list[bool]]:
+    """A list that gets an entry for each binary that Triton makes: whether it was a hit in its disk cache."""
+    import triton
+
+    found: list[bool] = []
+    before = triton.knobs.compilation.listener
+
+    def listener(**facts: Any) -> None:
+        found.append(facts["cache_hit"])
+        if before is not None:
+            before(**facts)
+
+    triton.knobs.compilation.listener = listener
+    try:
+        yield found
+    finally:
+        triton.knobs.compilation.listener = before
+
+
 def warmup(
-    shapes: ModelShapes, device: torch.device | str = "cuda", *, progress: Callable[[str], None] | None = None
+    shapes: ModelShapes,
+    device: torch.device | str = "cuda",
+    *,
+    threads: int = 8,
+    progress: Callable[[str], None] | None = None,
 ) -> WarmupReport:
     """Build every binary that a model of ``shapes`` needs on ``device``, before serving.
 
-    Runs each operator once, in capture mode, on small tensors of its own; no live state is touched. ``progress``
-    is called with each operator's name. Returns a :class:`WarmupReport`. On a CPU nothing is built.
+    Runs each operator in the forms that a layer uses, in capture mode, on small tensors of its own; no live state is
+    touched. On a GPU ``threads`` of them build side by side (Triton's compiler leaves the interpreter lock).
+    ``progress`` is called with the name of each call. Returns a :class:`WarmupReport`. On a CPU nothing is built.
     """
     device = torch.device(device)
     before, start = binaries(), time.perf_counter()
-    with capture_mode(), torch.no_grad():
-        for name, call in _warmups.items():
-            if progress is not None:
-                progress(name)
-            call(shapes, device)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+
+    def call(name: str) -> None:
+        if progress is not None:
+            progress(name)
+        with torch.no_grad(), torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+            _warmups[name](shapes, device)
+
+    with capture_mode(), _counting_disk_hits() if on_gpu else contextlib.nullcontext([]) as hits:
+        if on_gpu:
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                for done in [pool.submit(call, name) for name in _warmups]:
+                    done.result()
+        else:
+            for name in _warmups:
+                call(name)
+    if on_gpu:
         torch.cuda.synchronize(device)
-    return WarmupReport(binaries() - before, time.perf_counter() - start, tuple(_warmups))
+    return WarmupReport(binaries() - before, sum(hits), time.perf_counter() - start, tuple(_warmups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -276,44 +277,36 @@ def warm_pool(shapes: launch.ModelShapes, device: torch.device) -> torch.Tensor:
     )
 
 
-def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-    q, k, v, g, beta = warm_tensors(shapes, device)
-    offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
-    slots, fresh = offsets[:2].clone(), torch.ones(2, dtype=torch.bool, device=device)
-    state = warm_pool(shapes, device)
-    raw = torch.zeros(1, 2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
-    for l2norm in (False, True):
-        chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=offsets, use_qk_l2norm=l2norm)
+def _warm_functional(l2norm: bool) -> Callable[[launch.ModelShapes, torch.device], None]:
+    def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
+        offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
+        chunk_gated_delta_rule(*warm_tensors(shapes, device), cu_seqlens=offsets, use_qk_l2norm=l2norm)
+
+    return warm
+
+
+def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]:
+    """``raw``: the layer's form, with gates and l2norm inside."""
+
+    def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
+        q, k, v, g, beta = warm_tensors(shapes, device)
+        offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
+        slots, fresh = offsets[:2].clone(), torch.ones(2, dtype=torch.bool, device=device)
+        state, out = warm_pool(shapes, device), torch.empty_like(v, memory_format=torch.contiguous_format)
+        options: dict[str, Any] = {}
+        if raw:
+            g = beta = torch.zeros(1, 2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
+            options = {"use_qk_l2norm": True, **shapes.gate_parameters(device)}
         for known in (None, fresh):
             chunk_gated_delta_rule_paged(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                state,
-                torch.empty_like(v),
-                slots,
-                offsets,
-                has_initial_state=known,
-                use_qk_l2norm=l2norm,
+                q, k, v, g, beta, state, out, slots, offsets, has_initial_state=known, **options
             )
-    for known in (None, fresh):
-        # the layer's form: raw gates and l2norm inside
-        chunk_gated_delta_rule_paged(
-            q,
-            k,
-            v,
-            raw,
-            raw,
-            state,
-            v.new_empty(v.shape),
-            slots,
-            offsets,
-            has_initial_state=known,
-            use_qk_l2norm=True,
-            **shapes.gate_parameters(device),
-        )
+
+    return warm
 
 
-launch.register_warmup("chunk_gated_delta_rule", _warm)
+for form in (False, True):
+    suffix = ", l2norm inside" if form else ""
+    launch.register_warmup("chunk_gated_delta_rule" + suffix, _warm_functional(form))
+    suffix = ", gates and l2norm inside" if form else ""
+    launch.register_warmup("chunk_gated_delta_rule_paged" + suffix, _warm_paged(form))
