@@ -8,6 +8,7 @@ installed, its gated norm stands beside ours.
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,10 @@ import bench_split
 import pytest
 import timing
 import torch
-from cases import DEVICE, DTYPE, Case, Inputs
+from cases import DEVICE, DTYPE, MODELS, ON_GPU, Case, Inputs
 
-from gdn_kernels import replay
+from gdn_kernels import graphs, launch, replay
+from gdn_kernels.nn import GatedDeltaNet
 
 
 def smallest() -> list[Case]:
@@ -60,3 +62,49 @@ def test_host_time_of_flas_gated_norm(benchmark: Any) -> None:
     x, z = (Inputs(seed).normal(32, 128) for seed in (0, 1))
     with torch.no_grad():
         bench(benchmark, lambda: norm(x, z), case="fla-norm-t1")
+
+
+# 64 token counts from 1 to 8,192, close together where they are small, as engines capture.
+TOKEN_COUNTS = [1, 2, 4, 8, *range(16, 256, 16), *range(256, 1024, 64), *range(1024, 8193, 224)]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="captures CUDA graphs: needs a GPU")
+@pytest.mark.parametrize("what", ["norm", "layer"])
+def test_capture_of_64_token_counts(what: str, benchmark: Any) -> None:
+    """Seconds to capture a graph for each of 64 token counts after warm-up; nothing may be compiled meanwhile."""
+    shapes = MODELS["qwen3-next-tp4"]
+    layer = GatedDeltaNet(2048, shapes.num_k_heads, shapes.num_v_heads, layer_id=0, device=DEVICE, dtype=DTYPE)
+    states = {0: layer.allocate_states(4)}
+    one = torch.tensor([1], dtype=torch.int32, device=DEVICE)
+
+    def call(tokens: int) -> Callable[[], Any]:
+        if what == "norm":
+            x = torch.zeros(tokens, shapes.num_v_heads, shapes.head_v_dim, device=DEVICE, dtype=DTYPE)
+            return lambda: torch.ops.gdn.layer_norm_gated(x, layer.norm.weight, None, x, norm_before_gate=True)
+        x = torch.zeros(tokens, 2048, device=DEVICE, dtype=DTYPE)
+        offsets = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+
+        def run() -> torch.Tensor:
+            with graphs.forward_context(states, graphs.BatchMetadata(one, offsets)):
+                return layer(x)
+
+        return run
+
+    def capture_all() -> int:
+        kept, pool = [], torch.cuda.graph_pool_handle()
+        for tokens in reversed(TOKEN_COUNTS):
+            run, graph = call(tokens), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                kept.append((run(), graph))
+        torch.cuda.synchronize()
+        return len(kept)
+
+    with torch.no_grad():
+        warm = launch.warmup(shapes, DEVICE)
+        call(16)()  # cuBLAS
+        before, start = launch.binaries(), time.perf_counter()
+        assert benchmark.pedantic(capture_all, rounds=1) == 64
+        seconds = time.perf_counter() - start
+    assert launch.binaries() == before
+    benchmark.extra_info.update({**timing.versions(), "capture_s": seconds, "warmup": str(warm)})
+    print(f"\n{what}: 64 graphs in {seconds:.2f} s; warm-up: {warm}")
