@@ -184,6 +184,33 @@ def test_a_norm_row_has_the_same_bits_anywhere(columns, is_rms_norm):
     assert torch.isfinite(batch).all()
 
 
+@pytest.mark.parametrize("columns", [limit for limit, _ in launch.NORM_LADDER])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["gate-last", "gate-first"])
+def test_every_rung_gives_a_row_its_bits_in_batches_of_1_to_65536_rows_captured_or_not(columns, norm_before_gate):
+    m = token_cases.Make(SIZES, "cuda", DTYPE, columns)
+    row, gate, weight = m.normal(columns), m.normal(columns), m.normal(columns)
+
+    def norm(x, z):
+        return gdn_kernels.layer_norm_gated(x, weight, None, z, norm_before_gate=norm_before_gate)
+
+    wanted = norm(row, gate)
+    counts = [rows for rows in (1, 2, 7, 64, 1000, 65536) if rows * columns <= 2**28]
+    for rows in counts:
+        x, z = torch.randn(2, rows, columns, device="cuda", dtype=DTYPE)
+        places = sorted({0, rows // 2, rows - 1})
+        x[places], z[places] = row, gate
+        batch = norm(x, z)
+        for place in places:
+            assert_same_bits([batch[place]], [wanted], f"row {place} of {rows}")
+        turn = torch.randperm(rows, device="cuda")
+        assert_same_bits([norm(x[turn], z[turn])], [batch[turn]], f"{rows} rows permuted")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = norm(x, z)
+        graph.replay()
+        assert_same_bits([captured], [batch], f"{rows} rows captured")
+
+
 @pytest.mark.parametrize("columns", [64, 128, 256])
 def test_an_l2norm_row_has_the_same_bits_anywhere(columns):
     x = token_cases.Make(SIZES, "cuda", DTYPE, columns).normal(67, columns)
