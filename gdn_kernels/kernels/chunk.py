@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid
-from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, span
+from gdn_kernels.kernels._math import gate, inv_l2norm, sigmoid
+from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, slots, span
 
 CHUNK = 64
 C = tl.constexpr(CHUNK)
@@ -262,22 +262,7 @@ def scan_kernel(
         place = start // C + n
     else:
         place = n * ((T + C - 1) // C)
-    read = n
-    write = n
-    active = length >= 0
-    keep = active
-    if read_ptr is not None:
-        read = tl.load(read_ptr + n).to(tl.int64)
-        active = is_slot(read, num_slots, pad_slot_id)
-        # an empty sequence leaves its slot as it is
-        keep = active & (length > 0)
-        write = read
-        if write_ptr is not None:
-            write = tl.load(write_ptr + n).to(tl.int64)
-            keep = keep & is_slot(write, num_slots, pad_slot_id)
-    known = active
-    if has_initial_ptr is not None:
-        known = known & (tl.load(has_initial_ptr + n) != 0)
+    read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
 
     S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
     if initial_ptr is not None:

@@ -77,6 +77,31 @@ def span(cu_seqlens_ptr, n, T):
     return batch, start, length
 
 
+@triton.jit
+def slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id):
+    """Slots that sequence n reads and writes, whether it is active, keeps its state, and has one to start from.
+
+    Without indices sequence n has slot n of a functional call.
+    """
+    read = n
+    write = n
+    active = length >= 0
+    keep = active
+    if read_ptr is not None:
+        read = tl.load(read_ptr + n).to(tl.int64)
+        active = is_slot(read, num_slots, pad_slot_id)
+        # an empty sequence leaves its slot as it is
+        keep = active & (length > 0)
+        write = read
+        if write_ptr is not None:
+            write = tl.load(write_ptr + n).to(tl.int64)
+            keep = keep & is_slot(write, num_slots, pad_slot_id)
+    known = active
+    if has_initial_ptr is not None:
+        known = known & (tl.load(has_initial_ptr + n) != 0)
+    return read, write, active, keep, known
+
+
 # Counts and slot numbers change from batch to batch: specialising on them would build a binary for each class.
 _UNSPECIALIZED = ["T", "num_slots", "pad_slot_id", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
@@ -137,22 +162,7 @@ def recurrent_kernel(
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
     token = batch * T + start
-    read = n
-    write = n
-    active = length >= 0
-    keep = active
-    if read_ptr is not None:
-        read = tl.load(read_ptr + n).to(tl.int64)
-        active = is_slot(read, num_slots, pad_slot_id)
-        # an empty sequence leaves its slot as it is
-        keep = active & (length > 0)
-        write = read
-        if write_ptr is not None:
-            write = tl.load(write_ptr + n).to(tl.int64)
-            keep = keep & is_slot(write, num_slots, pad_slot_id)
-    known = active
-    if has_initial_ptr is not None:
-        known = known & (tl.load(has_initial_ptr + n) != 0)
+    read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
 
     S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
     if initial_ptr is not None:
