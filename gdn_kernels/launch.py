@@ -504,15 +504,15 @@ def register_warmup(name: str, call: Callable[[ModelShapes, torch.device], None]
 
 
 @contextlib.contextmanager
-def _counting_disk_hits() -> Iterator[list[bool]]:
-    """A list that gets an entry for each binary that Triton makes: whether it was a hit in its disk cache."""
+def _counting_disk_hits() -> Iterator[dict[str, bool]]:
+    """Fills with the binaries that Triton makes, by their hash: whether its disk cache held it."""
     import triton
 
-    found: list[bool] = []
+    found: dict[str, bool] = {}
     before = triton.knobs.compilation.listener
 
     def listener(**facts: Any) -> None:
-        found.append(facts["cache_hit"])
+        found.setdefault(facts["metadata"]["hash"], facts["cache_hit"])  # two threads may make one at once
         if before is not None:
             before(**facts)
 
@@ -546,7 +546,7 @@ def warmup(
         with torch.no_grad(), torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
             _warmups[name](shapes, device)
 
-    with capture_mode(), _counting_disk_hits() if on_gpu else contextlib.nullcontext([]) as hits:
+    with capture_mode(), _counting_disk_hits() if on_gpu else contextlib.nullcontext({}) as hits:
         if on_gpu:
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 for done in [pool.submit(call, name) for name in _warmups]:
@@ -556,4 +556,4 @@ def warmup(
                 call(name)
     if on_gpu:
         torch.cuda.synchronize(device)
-    return WarmupReport(binaries() - before, sum(hits), time.perf_counter() - start, tuple(_warmups))
+    return WarmupReport(binaries() - before, sum(hits.values()), time.perf_counter() - start, tuple(_warmups))
