@@ -67,7 +67,12 @@ class Preset:
     def shapes(self, device: torch.device) -> launch.ModelShapes:
         """The static facts that warm-up needs."""
         return launch.ModelShapes(
-            self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim, dtype=model_dtype(device)
+            self.num_k_heads,
+            self.num_v_heads,
+            self.head_k_dim,
+            self.head_v_dim,
+            dtype=model_dtype(device),
+            draft_tokens=accuracy.OperatorChecks.STEPS,
         )
 
 

@@ -454,7 +454,10 @@ def binaries() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShapes:
-    """Static facts of a model on one rank: head counts and sizes, conv width, dtypes."""
+    """Static facts of a model on one rank: head counts and sizes, conv width, dtypes.
+
+    ``draft_tokens``: tokens a row that verification takes, 0 where the model is served without speculation.
+    """
 
     num_k_heads: int
     num_v_heads: int
@@ -466,6 +469,7 @@ class ModelShapes:
     index_dtype: torch.dtype = torch.int32
     A_log_dtype: torch.dtype = torch.float32
     dt_bias_dtype: torch.dtype | None = None
+    draft_tokens: int = 0
 
     def gate_parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """``A_log`` and ``dt_bias`` of zeros; ``dt_bias`` is in ``dtype`` unless the model says otherwise."""

@@ -301,6 +301,22 @@ def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]
             chunk_gated_delta_rule_paged(
                 q, k, v, g, beta, state, out, slots, offsets, has_initial_state=known, **options
             )
+        chunk_gated_delta_rule_paged_checkpoints(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            state,
+            out,
+            state.float(),
+            slots,
+            offsets,
+            torch.zeros_like(offsets),
+            checkpoint_interval=64,
+            has_initial_state=fresh,
+            **options,
+        )
 
     return warm
 

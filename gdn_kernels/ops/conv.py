@@ -159,15 +159,25 @@ def causal_conv1d_verify(
 
 
 def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-    channels, width = shapes.conv_channels, shapes.conv_width
+    channels, width, drafts = shapes.conv_channels, shapes.conv_width, shapes.draft_tokens
     x = torch.zeros(2, channels, dtype=shapes.dtype, device=device)
     weight = torch.zeros(channels, width, dtype=shapes.dtype, device=device)
-    state = torch.zeros(2, width - 1, channels, dtype=shapes.dtype, device=device).transpose(1, 2)
+
+    def pool(columns: int = width - 1) -> torch.Tensor:
+        return torch.zeros(2, columns, channels, dtype=shapes.dtype, device=device).transpose(1, 2)
+
     slots = torch.arange(2, dtype=shapes.index_dtype, device=device)
     offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
     for fresh in (None, torch.ones(2, dtype=torch.bool, device=device)):
-        causal_conv1d(x, weight, None, state, offsets, state_indices=slots, has_initial_state=fresh)
-    causal_conv1d_update(x, weight, None, state, state_indices=slots)
+        causal_conv1d(x, weight, None, pool(), offsets, state_indices=slots, has_initial_state=fresh)
+    causal_conv1d_update(x, weight, None, pool(), state_indices=slots)
+    if drafts:
+        rows = x[:, None].expand(2, drafts, channels).contiguous()
+        windows = torch.zeros(2, drafts, channels, width - 1, dtype=shapes.dtype, device=device)
+        columns = width - 2 + drafts
+        causal_conv1d_update(rows, weight, None, pool(columns), state_indices=slots, num_accepted_tokens=slots)
+        for tree in (None, torch.zeros(2, drafts, dtype=shapes.index_dtype, device=device)):
+            causal_conv1d_verify(rows, weight, None, pool(), windows, state_indices=slots, parents=tree)
 
 
 launch.register_warmup("causal_conv1d", _warm)

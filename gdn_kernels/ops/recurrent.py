@@ -204,4 +204,23 @@ def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
         )
 
 
+def _warm_drafts(shapes: launch.ModelShapes, device: torch.device) -> None:
+    """Verification, where the model is served with it: gates and l2norm inside, a slot a token or a buffer."""
+    drafts, pool = shapes.draft_tokens, warm_pool(shapes, device)
+    if drafts == 0:
+        return
+    rows = [x[0, :, None].expand(2, drafts, *x.shape[2:]) for x in warm_tensors(shapes, device)[:3]]
+    raw = torch.zeros(2, drafts, shapes.num_v_heads, dtype=shapes.dtype, device=device)
+    table = torch.zeros(2, drafts, dtype=shapes.index_dtype, device=device)
+    kept = pool[:, None].expand(2, drafts, *pool.shape[1:]).contiguous()
+    options = {"use_qk_l2norm": True, **shapes.gate_parameters(device)}
+    for accepted in (None, table[:, 0].contiguous()):
+        recurrent_gated_delta_rule_paged(*rows, raw, raw, pool, table - 1, num_accepted_tokens=accepted, **options)
+    for tree in (None, table):
+        recurrent_gated_delta_rule_verify(
+            *rows, raw, raw, pool, kept, table[:, 0].contiguous(), parents=tree, **options
+        )
+
+
 launch.register_warmup("recurrent_gated_delta_rule", _warm)
+launch.register_warmup("recurrent_gated_delta_rule_verify", _warm_drafts)
