@@ -132,6 +132,13 @@ def target(device: torch.device) -> Target:
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def has_fp8(target: Target) -> bool:
+    """Whether kernels for ``target`` can write e4m3: from sm_89 on, and on gfx950; gfx942 has another format, fnuz."""
+    if target.backend == "cuda":
+        return target.arch >= 89
+    return target.backend == "interpreter" or target.arch == "gfx950"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations: frozen data, picked by pure functions from ladders
 # ---------------------------------------------------------------------------------------------------------------
