@@ -42,7 +42,10 @@ def sweep(name: str) -> Callable[[Callable[[int], None]], Callable[[int], None]]
 
 
 # Bytes of spills allowed, by (case, architecture) or (case, "*"); what is not listed may not spill.
-SPILL_BUDGET: dict[tuple[str, int | str], int] = {}
+SPILL_BUDGET: dict[tuple[str, int | str], int] = {
+    # two registers, with Triton 3.6.0 alone; rows of more than 8,192 columns in fp32
+    ("norm-fp8-layer-16384-fp32", 120): 8,
+}
 
 
 def spill_budget(name: str, arch: int | str) -> int:

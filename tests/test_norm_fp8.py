@@ -1,4 +1,4 @@
-"""The quantised norm: the bits of the norm followed by the quantisation, and what the operator refuses."""
+"""The quantised norm: the bits of the norm followed by the quantisation, and the architectures that it refuses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import quantised
 from token_cases import Make, Sizes, assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
 from gdn_kernels import contracts, environment, launch
@@ -38,16 +39,24 @@ def test_the_bits_are_those_of_the_norm_quantised_after_it(device, name, dtype):
         assert values.shape == (0, operator_cases.HV, 128) and scales.shape == (0, operator_cases.HV)
 
 
-@pytest.mark.parametrize("columns", [128, 256, 384, 640, 1024, 2048, 4096, 5120, 8192, 16384, 65536])
-@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [128, 256, 384, 1024, 4096, 8192, 20096])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_before_gate": True},
+        {"norm_before_gate": True, "is_rms_norm": False},
+        {"norm_before_gate": False, "is_rms_norm": False},
+    ],
+    ids=["rms", "layer", "layer-gate-first"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_row_size_has_the_bits_of_the_norm(device, dtype, is_rms_norm, columns):
-    """The sums of both kernels must be taken in one order, whatever the width of what is stored."""
+def test_every_row_size_has_the_bits_of_the_norm(device, dtype, options, columns):
+    """The sums of both kernels must be taken in one order and rounded alike, whatever is stored."""
     m = Make(Sizes(), device, dtype, columns)
     rows = 67 if device == "cuda" else 3
     args = m.normal(rows, columns), m.normal(columns), m.normal(columns), m.normal(rows, columns)
-    check_bits(args, norm_before_gate=True, is_rms_norm=is_rms_norm)
+    check_bits(args, **options)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1.0, 1e4, 1e30], ids="{:g}".format)
@@ -108,47 +117,12 @@ def test_values_times_scales_are_the_norm():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Bad input
+# Architectures
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape)
-
-
-@pytest.mark.parametrize(
-    "args, options, error, message",
-    [
-        ((ones(4, 2, 64), ones(64)), {}, NotImplementedError,
-         "the last dimension of x must be a multiple of quant_group_size, 128, got 64"),
-        ((ones(4, 256), ones(256)), {"group_size": 64}, NotImplementedError,
-         "group_size must be a multiple of quant_group_size, 128, got 64"),
-        ((ones(4, 192), ones(192)), {}, NotImplementedError,
-         "the last dimension of x must be a multiple of quant_group_size, 128, got 192"),
-        ((ones(4, 128), ones(128)), {"quant_group_size": 64}, NotImplementedError,
-         "quant_group_size must be 128, got 64"),
-        ((ones(4, 128), ones(128)), {"quant_group_size": 0}, ValueError, "quant_group_size must be at least 1, got 0"),
-        ((ones(128), ones(128)), {}, ValueError, r"x must be [T, HV, V] or [M, D], got shape (128,)"),
-        ((ones(1, 2, 3, 128), ones(128)), {}, ValueError, r"x must be [T, HV, V] or [M, D], got shape (1, 2, 3, 128)"),
-        ((ones(4, 128), ones(64)), {}, ValueError, "weight must have shape (128,), got (64,)"),
-        ((ones(4, 128), ones(128), None, ones(4, 128).half()), {}, TypeError,
-         "z must have the dtype of x, float32, got float16"),
-        ((ones(4, 256)[:, ::2], ones(128)), {}, ValueError,
-         "x must have a contiguous last dimension, got strides (256, 2)"),
-        ((ones(4, 256), ones(256)), {"group_size": 100}, ValueError,
-         "group_size must divide the last dimension of x, 256, got 100"),
-        ((ones(4, 128), ones(128)), {"activation": "relu"}, ValueError,
-         "activation must be one of 'silu', 'swish', 'sigmoid', got 'relu'"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_refused(args, options, error, message):
-    for device in ("cpu", "meta"):
-        given = [x if x is None else x.to(device) for x in args]
-        if device == "meta" and "strides" in message:
-            continue  # a copy to another device is contiguous
-        with pytest.raises(error) as raised:
-            torch.ops.gdn.layer_norm_gated_fp8(*given, norm_before_gate=True, **options)
-        assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +156,11 @@ def test_an_architecture_with_e4m3_is_accepted(target):
 
 
 def test_fakes_of_a_gpu_need_no_gpu():
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False):
-        x, weight = torch.empty(4, 6, 128, device="cuda"), torch.empty(128, device="cuda")
+    with FakeTensorMode():
+        try:
+            x, weight = torch.empty(4, 6, 128, device="cuda"), torch.empty(128, device="cuda")
+        except (AssertionError, RuntimeError) as error:
+            pytest.skip(f"this torch makes no fake tensor for a GPU it has not: {error}")
         values, scales = torch.ops.gdn.layer_norm_gated_fp8(x, weight, norm_before_gate=True)
     assert (values.shape, values.dtype, values.stride()) == (x.shape, torch.float8_e4m3fn, x.stride())
     assert (scales.shape, scales.dtype, scales.stride()) == ((4, 6), torch.float32, (6, 1))

@@ -270,6 +270,8 @@ def _launch(
         *out_strides,
         float(eps),
         config=config,
+        # The quantised norm must have the plain one's bits: Triton 3.9 fused other products of x * act(z) into the sum.
+        fp_fusion=False,
         NUM_GROUPS=num_groups,
         GROUP_SIZE=group_size,
         STRIDE_UNIT=unit,
