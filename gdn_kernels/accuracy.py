@@ -166,6 +166,13 @@ class OperatorChecks:
         gated = wide(x) * F.silu(wide(self.z))
         return [(out, fp64_norm(gated, wide(self.norm_weight), wide(self.norm_bias), rms=False))]
 
+    def layer_norm_gated_fp8(self) -> Pairs:
+        x = self.split(self.mixed)[2]
+        values, scales = torch.ops.gdn.layer_norm_gated_fp8(x, self.norm_weight, None, self.z, norm_before_gate=True)
+        expected = fp64_norm(wide(x), wide(self.norm_weight), None, rms=True) * F.silu(wide(self.z))
+        y = (wide(values).view(*scales.shape, 128) * wide(scales)[..., None]).view(x.shape)
+        return [(y, expected), (scales, expected.view(*scales.shape, 128).abs().amax(-1) / 448)]
+
     def l2norm(self) -> Pairs:
         q = self.split(self.mixed)[0]
         expected = wide(q) / torch.sqrt(wide(q).square().sum(dim=-1, keepdim=True) + 1e-6)
@@ -367,6 +374,8 @@ class OperatorChecks:
         """The relative error that rounding explains."""
         if operator == "split_qkvz_ba":
             return 0.0  # moves values, computes nothing
+        if operator == "layer_norm_gated_fp8":
+            return 16 / 448 + 2.0**-8  # half the spacing of e4m3 at 448, to which the largest of a group is scaled
         if self.dtype is torch.float32:
             return 5e-6  # fp32 sums of up to 128 products, over up to 86 dependent steps
         if operator == "gating":

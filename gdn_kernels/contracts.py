@@ -26,6 +26,7 @@ HEAD_DIMS = (64, 128, 256)
 CONV_WIDTHS = (2, 3, 4)
 MAX_NORM_GROUP = launch.NORM_LADDER[-1][0]
 CHUNK = 64
+QUANT_GROUP = 128
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
@@ -140,6 +141,14 @@ def _state_pool(name: str, state: torch.Tensor, lead: tuple, num_v_heads: Any, v
         raise ValueError(f"{name} must hold each [HV, V, K] block contiguously, got strides {tuple(state.stride())}")
 
 
+def _has_fp8(name: str, device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return  # traced with fake tensors for a GPU that is elsewhere
+    target = launch.target(device)
+    if not launch.has_fp8(target):
+        raise RuntimeError(f"{name} must run on an architecture with e4m3, got {target.backend} {target.arch}")
+
+
 def gradients(name: str, tensors: tuple[Any, ...]) -> None:
     """An operator without a backward must not swallow a gradient silently."""
     if not torch.is_grad_enabled():
@@ -206,6 +215,29 @@ def layer_norm_gated_out(
     _shape("out", out, *x.shape)
     _same_device(x, out=out)
     _last_dim_contiguous(out=out)
+
+
+def layer_norm_gated_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    quant_group_size: int = QUANT_GROUP,
+    **options: Any,
+) -> None:
+    layer_norm_gated(x, weight, bias, z, group_size=group_size, **options)
+    _rank("x", x, "[T, HV, V] or [M, D]", 2, 3)
+    if quant_group_size < 1:
+        raise ValueError(f"quant_group_size must be at least 1, got {quant_group_size}")
+    if quant_group_size != QUANT_GROUP:
+        raise NotImplementedError(f"quant_group_size must be {QUANT_GROUP}, got {quant_group_size}")
+    columns = x.shape[-1] if group_size is None else group_size
+    if columns % QUANT_GROUP != 0:
+        name = "the last dimension of x" if group_size is None else "group_size"
+        raise NotImplementedError(f"{name} must be a multiple of quant_group_size, {QUANT_GROUP}, got {columns}")
+    _has_fp8("layer_norm_gated_fp8", x.device)
 
 
 def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> None:

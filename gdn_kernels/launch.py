@@ -132,6 +132,13 @@ def target(device: torch.device) -> Target:
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def has_fp8(target: Target) -> bool:
+    """Whether kernels for ``target`` can write e4m3: from sm_89 on, and on gfx950; gfx942 has another format, fnuz."""
+    if target.backend == "cuda":
+        return target.arch >= 89
+    return target.backend == "interpreter" or target.arch == "gfx950"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations: frozen data, picked by pure functions from ladders
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,15 +372,16 @@ _kernels: dict[str, Any] = {}
 _compiled: list[tuple[str, Any]] | None = None
 
 
-def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, **constexprs: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
     """Launch ``kernel`` on the device of its first tensor argument; an empty grid launches nothing.
 
-    FP fusion is pinned, because bits depend on it and Triton's default is about to change.
+    FP fusion is pinned, because bits depend on it and Triton's default is about to change. Without it, two kernels of
+    the same source have the same bits: which of two products a sum is fused with is the compiler's choice.
     """
     if 0 in grid:
         return
     _kernels[kernel.__name__] = kernel
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fp_fusion}
     if "PDL" in kernel.arg_names:
         constexprs["PDL"] = has_pdl(target(args[0].device))
         if constexprs["PDL"]:  # not an option of every backend

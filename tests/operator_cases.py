@@ -109,9 +109,14 @@ def norm_calls(m: Inputs) -> list[Call]:
     def row(width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return m.normal(width, dtype=dtype)
 
+    def fp8(name: str, args: tuple, **kwargs: Any) -> Call:
+        return call(name, args, "layer_norm_gated_fp8", **kwargs)
+
     x, z = m.columns(7, HV, V), m.columns(7, HV, V)
     wide = m.normal(5, 1024)
     out = m.columns(7, HV, V)
+    zeros = m.columns(7, HV, V)
+    zeros[3, 1], zeros[5] = 0, 0
     return [
         call("column-views", (x, row(V), None, z)),
         call("no-gate", (x, row(V))),
@@ -125,6 +130,14 @@ def norm_calls(m: Inputs) -> list[Call]:
         call("empty", (m.normal(0, HV, V), row(V), None, m.normal(0, HV, V))),
         call("out", (x, row(V), row(V), z, out), "layer_norm_gated_out"),
         call("out-empty", (m.normal(0, V), row(V), None, None, m.normal(0, V)), "layer_norm_gated_out"),
+        fp8("column-views", (x, row(V), None, z)),
+        fp8("no-gate-fp32-weight", (x, row(V, torch.float32))),
+        fp8("bias-zeros", (zeros, row(V), row(V), zeros)),
+        fp8("gate-first-sigmoid", (x, row(V), None, z), norm_before_gate=False, activation="sigmoid"),
+        fp8("layer-norm-groups", (wide, row(1024), row(1024), wide.flip(0)), is_rms_norm=False, group_size=256),
+        fp8("rows-of-three-groups", (m.normal(3, 384), row(384), None, m.normal(3, 384)), quant_group_size=128),
+        fp8("long-rows", (m.normal(3, 20096), row(20096), None, m.normal(3, 20096)), is_rms_norm=False),
+        fp8("empty", (m.normal(0, HV, V), row(V), None, m.normal(0, HV, V))),
         Call("l2norm", "column-view", (m.columns(9, H, K),), {}),
         Call("l2norm", "eps-fourth-dimension", (m.normal(2, 3, H, K),), {"eps": 1e-2}),
         Call("l2norm", "empty", (m.normal(0, K),), {}),

@@ -25,6 +25,16 @@ def column_view(tensor: torch.Tensor, before: int = 16, after: int = 32) -> torc
     return wide[:, before : before + flat.shape[1]].unflatten(1, tensor.shape[1:])
 
 
+def quantised(y: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unfused quantisation of ``[T, ...]``: e4m3 values, and fp32 scales of each ``group`` columns of a token."""
+    groups = y.float().reshape(y.shape[0], -1, group)
+    # a tensor: by a number, torch multiplies with its reciprocal on a GPU
+    largest_e4m3 = torch.full((), 448.0, device=y.device)
+    scales = groups.abs().amax(dim=-1).clamp(min=1e-10) / largest_e4m3
+    values = (groups / scales[..., None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return values.reshape(y.shape), scales
+
+
 def assert_close(
     actual: torch.Tensor, oracle: torch.Tensor, fp32_roundings: float, magnitude: torch.Tensor | None = None
 ) -> None:

@@ -163,6 +163,31 @@ rows(
     ({"out": meta}, ValueError, "out must be on cpu, got meta"),
 )
 rows(
+    "layer_norm_gated_fp8-column-views",
+    ({"x": to(torch.int32)}, TypeError, f"x must be {FLOATS}, got int32"),
+    ({"x": lambda x: x[0, 0], "z": None}, ValueError, f"x must be [T, HV, V] or [M, D], got shape ({V},)"),
+    ({"x": lambda x: x[None], "z": None}, ValueError, "x must be [T, HV, V] or [M, D], got shape (1, 7,"),
+    ({"x": strided}, ValueError, "x must have a contiguous last dimension, got strides"),
+    ({"weight": longer}, ValueError, f"weight must have shape ({V},), got ({V + 1},)"),
+    ({"bias": new(V, dtype=torch.int32)}, TypeError, f"bias must be {FLOATS}, got int32"),
+    ({"z": to(torch.bfloat16)}, TypeError, "z must have the dtype of x, float32, got bfloat16"),
+    ({"z": meta}, ValueError, "z must be on cpu, got meta"),
+    ({"activation": "relu"}, ValueError, "activation must be one of 'silu', 'swish', 'sigmoid', got 'relu'"),
+    ({"quant_group_size": 0}, ValueError, "quant_group_size must be at least 1, got 0"),
+    ({"quant_group_size": 64}, NotImplementedError, "quant_group_size must be 128, got 64"),
+    ({"group_size": 48}, ValueError, f"group_size must divide the last dimension of x, {V}, got 48"),
+    (
+        {"group_size": 64},
+        NotImplementedError,
+        "group_size must be a multiple of quant_group_size, 128, got 64",
+    ),
+    (
+        {"x": new(4, 192), "weight": new(192), "z": None},
+        NotImplementedError,
+        "the last dimension of x must be a multiple of quant_group_size, 128, got 192",
+    ),
+)
+rows(
     "l2norm-column-view",
     ({"x": to(torch.uint8)}, TypeError, f"x must be {FLOATS}, got uint8"),
     ({"x": new()}, ValueError, "x must be [..., D] of one to four dimensions, got shape ()"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, assert_close, column_view, normal
+from oracle import DTYPES, assert_close, column_view, normal, quantised
+from token_cases import assert_same_bits
 
 from gdn_kernels import launch
 from gdn_kernels.kernels import norm
@@ -173,3 +174,57 @@ def test_l2norm_walks_a_long_row():
 
 def test_l2norm_of_zeros_is_zero():
     assert torch.equal(norm.l2norm(torch.zeros(2, 16)), torch.zeros(2, 16))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantised
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_fp8(*args, **options):
+    values, scales = norm.layer_norm_gated_fp8(*args, **options)
+    y = norm.layer_norm_gated(*args, **options)
+    assert values.is_contiguous() and scales.is_contiguous()
+    assert_same_bits([values, scales], list(quantised(y)), "values and scales")
+    return values, scales
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_rms_norm", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["norm-first", "gate-first"])
+def test_fp8_is_the_norm_quantised_after_it(norm_before_gate, is_rms_norm, dtype):
+    x, z = column_view(normal(0, 5, 3, 128, dtype=dtype)), column_view(normal(1, 5, 3, 128, dtype=dtype))
+    check_fp8(x, normal(2, 128), normal(3, 128), z, norm_before_gate=norm_before_gate, is_rms_norm=is_rms_norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, group", [(256, None), (384, None), (768, 256), (1152, 384)], ids=str)
+@pytest.mark.parametrize("block_cols", [128, 256, 512])
+def test_fp8_rows_of_several_groups_and_tiles(block_cols, size, group, dtype):
+    x, z = 2 + normal(0, 3, size, dtype=dtype), normal(1, 3, size, dtype=dtype)
+    with launch.pinned("layer_norm_gated", launch.NormConfig(block_rows=2, block_cols=block_cols, num_warps=1)):
+        check_fp8(x, normal(2, size), None, z, norm_before_gate=True, is_rms_norm=False, group_size=group)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e30], ids="{:g}".format)
+def test_fp8_of_small_and_large_values(scale):
+    weight = scale * 2.0 ** torch.linspace(-16, 0, 256).round()
+    values, _ = check_fp8(normal(0, 8, 256), weight, norm_before_gate=True)
+    assert not values.float().isnan().any()
+
+
+def test_fp8_of_zeros_and_of_nan():
+    x = normal(0, 3, 2, 128)
+    x[0, 1], x[2, 0] = 0, torch.nan
+    values, scales = norm.layer_norm_gated_fp8(x, torch.ones(128), norm_before_gate=True)
+    wanted = quantised(norm.layer_norm_gated(x, torch.ones(128), norm_before_gate=True))
+    assert torch.equal(values.double().nan_to_num(9e9), wanted[0].double().nan_to_num(9e9))
+    assert torch.equal(scales.nan_to_num(9e9), wanted[1].nan_to_num(9e9))
+    assert scales[2, 0].isnan() and values[2, 0].float().isnan().all()
+    assert scales[0, 1] == torch.tensor(1e-10) / torch.tensor(448.0) and not values[0, 1].double().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (0, 2, 128), (3, 0, 128)], ids=str)
+def test_fp8_of_an_empty_batch_is_empty(shape):
+    values, scales = norm.layer_norm_gated_fp8(torch.empty(shape), normal(0, 128), norm_before_gate=True)
+    assert values.shape == shape and scales.shape == (shape[0], 0 if 0 in shape[1:] else len(shape) - 1)

@@ -353,6 +353,13 @@ def test_a_kernel_that_waits_is_launched_early_where_the_architecture_can(kernel
     assert options.get("launch_pdl", False) is dependent and ("launch_pdl" in options) is dependent
 
 
+def test_run_turns_fusion_off_where_a_kernel_asks(kernel: Kernel) -> None:
+    launch.run(kernel, (5,), torch.zeros(3), config=CONFIG, fp_fusion=False)
+    with launch.compile_only():
+        launch.run(kernel, (5,), torch.zeros(3), config=CONFIG, fp_fusion=False)
+    assert kernel.launched[0][2]["enable_fp_fusion"] is kernel.warmed[0][1]["enable_fp_fusion"] is False
+
+
 @pytest.mark.parametrize("grid", [(0,), (0, 3), (3, 0)], ids=str)
 def test_an_empty_grid_launches_and_compiles_nothing(kernel: Kernel, grid: tuple[int, ...]) -> None:
     launch.run(kernel, grid, torch.zeros(0), config=CONFIG)

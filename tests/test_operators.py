@@ -15,6 +15,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative RMS against fp64 on the same rounded inputs. The results are rounded once to their dtype; the chunk form also
 # rounds the operands of its products (prefill.md's budget for bf16 is 5e-3; fp16 has three more bits).
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# e4m3 rounds to 2^-4; where rounding to the activations' dtype before it crosses a tie, two values are a unit apart.
+E4M3_ROUNDING = 2**-4
 CHUNKED = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
@@ -65,7 +67,8 @@ def test_an_input_that_wants_a_gradient_is_refused(operator):
 def test_the_python_function_is_the_operator(name):
     call, again = call_of(name), call_of(name)
     for result, wanted in zip(results(call), results(_through_python(again)), strict=True):
-        assert torch.equal(result.nan_to_num(), wanted.nan_to_num())
+        assert result.dtype is wanted.dtype
+        assert torch.equal(result.double().nan_to_num(), wanted.double().nan_to_num())
 
 
 class _through_python:
@@ -84,10 +87,16 @@ def check_against_fp64(name, device, dtype):
     found, wanted = results(call), results(exact)
     for index, (result, expected) in enumerate(zip(found, wanted, strict=True)):
         assert result.shape == expected.shape
-        budget = (CHUNKED if "chunk" in name else ROUNDING)[result.dtype if "chunk" not in name else dtype]
-        if result.dtype is torch.float32 and "chunk" not in name:
+        if result.dtype is torch.float8_e4m3fn:
+            budget, expected = E4M3_ROUNDING, expected.double()
+        elif "fp8" in name:
+            # the scales are of values rounded to the activations' dtype
+            budget = ROUNDING[dtype]
+        elif "chunk" in name:
+            budget = CHUNKED[dtype]
+        else:
             # fp32 results of a recurrence with 16-bit inputs: 200 tokens of fp32 rounding
-            budget = 1e-5
+            budget = 1e-5 if result.dtype is torch.float32 else ROUNDING[result.dtype]
         missing = expected.isnan() | expected.isinf()
         assert torch.equal(result.cpu().double()[missing].nan_to_num(), expected[missing].nan_to_num())
         assert_close(

@@ -158,6 +158,19 @@ def _(m: Make, T: int) -> Call:
     return Call("layer_norm_gated_out", "", (x, m.normal(s.V), m.normal(s.V), z, out), {"norm_before_gate": True})
 
 
+@case("layer_norm_gated_fp8", "column-views")
+def _(m: Make, T: int) -> Call:
+    # 128 columns whatever V is: a group of its own for each head
+    args = m.columns(T, m.sizes.HV, 128), m.normal(128), None, m.columns(T, m.sizes.HV, 128)
+    return Call("layer_norm_gated_fp8", "", args, {"norm_before_gate": True})
+
+
+@case("layer_norm_gated_fp8", "layer-norm-groups")
+def _(m: Make, T: int) -> Call:
+    options = {"norm_before_gate": False, "is_rms_norm": False, "group_size": 256, "activation": "sigmoid"}
+    return Call("layer_norm_gated_fp8", "", (m.normal(T, 512), m.normal(512), m.normal(512), m.normal(T, 512)), options)
+
+
 @case("l2norm", "column-view")
 def _(m: Make, T: int) -> Call:
     return Call("l2norm", "", (m.columns(T, m.sizes.H, m.sizes.K),), {})
@@ -338,7 +351,7 @@ def outcome(call: Call, found: Any) -> list[torch.Tensor]:
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     """The bits of floats as integers, so that NaN equals itself and 0.0 is not -0.0."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(kinds[x.element_size()]) if x.is_floating_point() else x
 
 

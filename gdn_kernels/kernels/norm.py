@@ -4,12 +4,14 @@
     layer:    n(u) = (u - mean u) / sqrt(mean (u - mean u)^2 + eps)
     l2:       n(u) = u / sqrt(sum u^2 + eps)
     norm_before_gate:  y = (n(x) * w + b) * act(z)         else:  y = n(x * act(z)) * w + b
+    fp8:      s = max(max |y|, 1e-10) / 448, value = e4m3(y / s)   over each 128 columns, of y rounded to the dtype of x
 
 x, z, out ``[..., D]``, last dim contiguous, other strides their own; weight, bias ``[D]``. The statistics are those
 of one group of ``group_size`` columns. Sums and everything else are fp32. One program takes one group of a few rows;
 a group wider than a tile is walked tile by tile, and read again for each statistic. Rows may have two dimensions that
-do not collapse into one (a ``[T, HV, V]`` column view of a wider matrix is read in place). Leaves out fp64, which the
-reference covers.
+do not collapse into one (a ``[T, HV, V]`` column view of a wider matrix is read in place). Quantisation is another way
+to store the tile: e4m3 values into out, fp32 scales ``[rows, D / 128]`` beside it. Leaves out fp64, which the reference
+covers, and quantisation groups that span groups of the norm.
 """
 
 import torch
@@ -18,6 +20,13 @@ import triton.language as tl
 
 from gdn_kernels import launch
 from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit, wait_for_inputs
+
+# Columns that share a scale.
+QUANT_GROUP = tl.constexpr(128)
+# The largest finite e4m3 number.
+E4M3_MAX = tl.constexpr(448.0)
+# Least maximum of a group: a group of zeros gets a scale that is a normal fp32 number, and zeros.
+QUANT_EPS = tl.constexpr(1e-10)
 
 
 @triton.jit
@@ -52,15 +61,53 @@ def _load(x_rows, z_rows, cols, mask, activation: tl.constexpr, norm_before_gate
 
 
 @triton.jit
-def _store(out_rows, normed, gate, weight_ptr, bias_ptr, cols, mask, group_size: tl.constexpr, tile: tl.constexpr):
-    """(normed * w + b) * gate of one tile; ``weight_ptr`` and ``bias_ptr`` start at the group."""
+def _store(
+    out_rows,
+    scale_rows,
+    normed,
+    gate,
+    weight_ptr,
+    bias_ptr,
+    start,
+    row_ok,
+    mask,
+    dtype: tl.constexpr,
+    group_size: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """(normed * w + b) * gate of the tile at column ``start``, rounded to ``dtype``; pointers start at the group."""
+    cols = start + tl.arange(0, tile)
     y = normed
     if weight_ptr is not None:
         col_ok = cols < group_size if group_size % tile != 0 else None
         y = y * tl.load(weight_ptr + cols, mask=col_ok).to(tl.float32)[None, :]
         if bias_ptr is not None:
             y = y + tl.load(bias_ptr + cols, mask=col_ok).to(tl.float32)[None, :]
-    tl.store(out_rows + cols[None, :], (y * gate).to(out_rows.dtype.element_ty), mask=mask)
+    y = (y * gate).to(dtype)
+    if scale_rows is None:
+        tl.store(out_rows + cols[None, :], y, mask=mask)
+    else:
+        _store_fp8(out_rows, scale_rows, y, start, row_ok, mask, group_size, tile)
+
+
+@triton.jit
+def _store_fp8(out_rows, scale_rows, y, start, row_ok, mask, group_size: tl.constexpr, tile: tl.constexpr):
+    """The tile at column ``start`` as e4m3 values, and a scale for each of its quantisation groups: all of a group is
+    in range or nothing."""
+    per_tile: tl.constexpr = tile // QUANT_GROUP
+    groups = tl.reshape(y.to(tl.float32), [y.shape[0], per_tile, QUANT_GROUP])
+    # As integers the bits of |y| are ordered as its values, with NaN above infinity: a NaN is not lost, as in torch.
+    largest = tl.max(tl.abs(groups).to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
+    scales = tl.div_rn(tl.where(largest < QUANT_EPS, QUANT_EPS, largest), E4M3_MAX)
+    # Nothing to clamp: a quotient exceeds 448 by its own rounding and the scale's at most, and 464 still rounds to it.
+    values = tl.reshape(tl.div_rn(groups, scales[:, :, None]).to(tl.float8e4nv), [y.shape[0], tile])
+    cols = start + tl.arange(0, tile)
+    # Rows start on multiples of STRIDE_UNIT, 16 bytes of x: so a thread stores as many columns as it loads, the tile is
+    # laid out as for the plain store, and the sums before it are taken in the same order.
+    tl.store(out_rows + cols[None, :], values, mask=mask)
+    numbers = start // QUANT_GROUP + tl.arange(0, per_tile)
+    numbers_ok = _mask(row_ok, numbers, group_size // QUANT_GROUP, per_tile)
+    tl.store(scale_rows + numbers[None, :], scales, mask=numbers_ok)
 
 
 @triton.jit(
@@ -81,6 +128,7 @@ def norm_kernel(
     bias_ptr,
     z_ptr,
     out_ptr,
+    scales_ptr,
     n_rows: tl.int32,
     n_inner: tl.int32,
     stride_x_outer: tl.int64,
@@ -116,6 +164,12 @@ def norm_kernel(
         z_rows = z_ptr + first + _row_offsets(outer, inner, stride_z_outer, stride_z_inner, STRIDE_UNIT)
     weight = weight_ptr + first if weight_ptr is not None else None
     bias = bias_ptr + first if bias_ptr is not None else None
+    scale_rows = None
+    if scales_ptr is not None:
+        # scales are contiguous, one row of them a row of x
+        per_row: tl.constexpr = NUM_GROUPS * GROUP_SIZE // QUANT_GROUP
+        scale_rows = scales_ptr + first // QUANT_GROUP + (rows.to(tl.int64) * per_row)[:, None]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     # RMS and layer norm take the mean square, l2norm the sum.
     SHARE: tl.constexpr = 1.0 if NORM == "l2" else 1.0 / GROUP_SIZE
 
@@ -126,7 +180,8 @@ def norm_kernel(
         if NORM == "layer":
             u = tl.where(mask, u - (tl.sum(u, axis=1) * SHARE)[:, None], 0.0)
         scale = inv_l2norm(tl.sum(u * u, axis=1) * SHARE, eps)[:, None]
-        _store(out_rows, u * scale, gate, weight, bias, tile, mask, GROUP_SIZE, BLOCK_COLS)
+        y = u * scale
+        _store(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
     else:
         mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         if NORM == "layer":
@@ -149,7 +204,8 @@ def norm_kernel(
             cols = start + tile
             mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
             u, gate = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
-            _store(out_rows, (u - mean) * scale, gate, weight, bias, cols, mask, GROUP_SIZE, BLOCK_COLS)
+            y = (u - mean) * scale
+            _store(out_rows, scale_rows, y, gate, weight, bias, start, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
 
 
 def _row_dims(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:
@@ -178,6 +234,7 @@ def _launch(
     eps: float,
     group_size: int,
     activation: str,
+    scales: torch.Tensor | None = None,
 ) -> None:
     if x.numel() == 0:
         return
@@ -205,6 +262,7 @@ def _launch(
         bias,
         z,
         out,
+        scales,
         n_rows,
         n_inner,
         *x_strides,
@@ -212,6 +270,8 @@ def _launch(
         *out_strides,
         float(eps),
         config=config,
+        # The quantised norm must have the plain one's bits: Triton 3.9 fused other products of x * act(z) into the sum.
+        fp_fusion=False,
         NUM_GROUPS=num_groups,
         GROUP_SIZE=group_size,
         STRIDE_UNIT=unit,
@@ -269,6 +329,29 @@ def layer_norm_gated(
         activation=activation,
     )
     return out
+
+
+def layer_norm_gated_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    *,
+    norm_before_gate: bool,
+    is_rms_norm: bool = True,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    activation: str = "silu",
+    quant_group_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    values = launch.empty(x, *x.shape, dtype=torch.float8_e4m3fn)
+    scales = launch.empty(x, x.shape[0], x.shape[1:].numel() // quant_group_size, dtype=torch.float32)
+    norm = "rms" if is_rms_norm else "layer"
+    group_size = x.shape[-1] if group_size is None else group_size
+    before = norm_before_gate or z is None
+    # The configuration of the plain norm: its bits are the same.
+    _launch("layer_norm_gated", x, weight, bias, z, values, norm, before, eps, group_size, activation, scales)
+    return values, scales
 
 
 def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:

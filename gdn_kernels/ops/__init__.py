@@ -8,7 +8,7 @@ from gdn_kernels.ops.chunk import (
 from gdn_kernels.ops.conv import causal_conv1d, causal_conv1d_update, causal_conv1d_verify
 from gdn_kernels.ops.decode import packed_decode
 from gdn_kernels.ops.gating import gating
-from gdn_kernels.ops.norm import l2norm, layer_norm_gated, layer_norm_gated_out
+from gdn_kernels.ops.norm import l2norm, layer_norm_gated, layer_norm_gated_fp8, layer_norm_gated_out
 from gdn_kernels.ops.recurrent import (
     recurrent_gated_delta_rule,
     recurrent_gated_delta_rule_paged,
@@ -28,6 +28,7 @@ __all__ = [
     "gating",
     "l2norm",
     "layer_norm_gated",
+    "layer_norm_gated_fp8",
     "layer_norm_gated_out",
     "packed_decode",
     "recurrent_gated_delta_rule",

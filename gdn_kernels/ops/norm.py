@@ -1,10 +1,12 @@
-"""``layer_norm_gated``, ``layer_norm_gated_out`` and ``l2norm``: norms over rows, with an optional gate."""
+"""``layer_norm_gated`` with its out and fp8 variants, and ``l2norm``: norms over rows, with an optional gate."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from gdn_kernels import launch
+from gdn_kernels import contracts, launch
 from gdn_kernels.ops.registry import define
 
 _OPTIONS = (
@@ -20,6 +22,19 @@ define(
     f"layer_norm_gated_out(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor(a!) out, *, {_OPTIONS}) -> ()",
     module="norm",
     fake=lambda *args, **options: None,
+)
+
+
+def _fp8_results(x: torch.Tensor, *args: Any, quant_group_size: int = 128, **options: Any) -> tuple[torch.Tensor, ...]:
+    scales = x.shape[0], x.shape[1:].numel() // quant_group_size
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(scales, dtype=torch.float32)
+
+
+define(
+    "layer_norm_gated_fp8(Tensor x, Tensor weight, Tensor? bias=None, Tensor? z=None, *, "
+    f"{_OPTIONS}, int quant_group_size=128) -> (Tensor values, Tensor scales)",
+    module="norm",
+    fake=_fp8_results,
 )
 define(
     "l2norm(Tensor x, *, float eps=1e-6) -> Tensor",
@@ -108,6 +123,56 @@ def layer_norm_gated_out(
     )
 
 
+def layer_norm_gated_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    *,
+    norm_before_gate: bool,
+    is_rms_norm: bool = True,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    activation: str = "silu",
+    quant_group_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`layer_norm_gated`, quantised to fp8 in the same kernel: the input of an fp8 output projection.
+
+    The norm is rounded to the dtype of ``x`` first. Then, for each token and group of 128 columns,
+    ``scale = max(max |y|, 1e-10) / 448`` and ``value = y / scale`` rounded to nearest even: bit for bit
+    :func:`layer_norm_gated` followed by that quantisation in PyTorch, by true divisions. A group of zeros gets the
+    scale ``1e-10 / 448`` and zeros; a group with a NaN gets a scale and values of NaN.
+
+    Args:
+        x: ``[T, HV, V]`` or ``[M, D]``; a token is ``x[t]``, its columns ``HV * V`` or ``D``. Otherwise this and the
+            arguments that are not named here are those of :func:`layer_norm_gated`.
+        group_size: columns that the norm is taken over, a multiple of 128; default ``V`` or ``D``, which then is one.
+        quant_group_size: columns that share a scale: 128.
+
+    Returns:
+        values: the shape of ``x``, ``torch.float8_e4m3fn`` (largest number 448), contiguous.
+        scales: ``[T, HV * V / 128]`` fp32, contiguous; ``values * scales`` are the norm's.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as ``contracts.layer_norm_gated_fp8`` lists.
+        RuntimeError: the GPU has no e4m3: CUDA below sm_89, gfx942.
+
+    Source: the norm as :func:`layer_norm_gated`; the quantisation as ``per_token_group_quant_fp8`` of vLLM and SGLang.
+    """
+    return torch.ops.gdn.layer_norm_gated_fp8(
+        x,
+        weight,
+        bias,
+        z,
+        norm_before_gate=norm_before_gate,
+        is_rms_norm=is_rms_norm,
+        eps=eps,
+        group_size=group_size,
+        activation=activation,
+        quant_group_size=quant_group_size,
+    )
+
+
 def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     """Each row divided by ``sqrt(sum(x**2) + eps)``; for q and k, where a delta rule does not normalise them inside.
 
@@ -117,14 +182,27 @@ def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     return torch.ops.gdn.l2norm(x, eps=eps)
 
 
-def _warm_norm(shapes: launch.ModelShapes, device: torch.device) -> None:
+def _norm_inputs(shapes: launch.ModelShapes, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """x, weight, and z as the layer has it: a column view of a wider projection."""
     x = torch.ones(2, shapes.num_v_heads, shapes.head_v_dim, dtype=shapes.dtype, device=device)
     weight = torch.ones(shapes.head_v_dim, dtype=shapes.dtype, device=device)
-    layer_norm_gated(x, weight, None, x, norm_before_gate=True)
-    # the layer's form: z is a column view of a wider projection
     wide = torch.ones(2, 2 * shapes.num_v_heads * shapes.head_v_dim, dtype=shapes.dtype, device=device)
     z = wide[:, shapes.num_v_heads * shapes.head_v_dim :].view(2, shapes.num_v_heads, shapes.head_v_dim)
+    return x, weight, z
+
+
+def _warm_norm(shapes: launch.ModelShapes, device: torch.device) -> None:
+    x, weight, z = _norm_inputs(shapes, device)
+    layer_norm_gated(x, weight, None, x, norm_before_gate=True)
     layer_norm_gated(x, weight, None, z, norm_before_gate=True)
+
+
+def _warm_norm_fp8(shapes: launch.ModelShapes, device: torch.device) -> None:
+    # where it is refused there is nothing to build
+    if shapes.head_v_dim % contracts.QUANT_GROUP == 0 and launch.has_fp8(launch.target(device)):
+        x, weight, z = _norm_inputs(shapes, device)
+        layer_norm_gated_fp8(x, weight, None, x, norm_before_gate=True)
+        layer_norm_gated_fp8(x, weight, None, z, norm_before_gate=True)
 
 
 def _warm_l2norm(shapes: launch.ModelShapes, device: torch.device) -> None:
@@ -132,4 +210,5 @@ def _warm_l2norm(shapes: launch.ModelShapes, device: torch.device) -> None:
 
 
 launch.register_warmup("layer_norm_gated", _warm_norm)
+launch.register_warmup("layer_norm_gated_fp8", _warm_norm_fp8)
 launch.register_warmup("l2norm", _warm_l2norm)
