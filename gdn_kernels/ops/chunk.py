@@ -321,8 +321,7 @@ def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]
     return warm
 
 
-for form in (False, True):
-    suffix = ", l2norm inside" if form else ""
-    launch.register_warmup("chunk_gated_delta_rule" + suffix, _warm_functional(form))
-    suffix = ", gates and l2norm inside" if form else ""
-    launch.register_warmup("chunk_gated_delta_rule_paged" + suffix, _warm_paged(form))
+launch.register_warmup("chunk_gated_delta_rule", _warm_functional(False))
+launch.register_warmup("chunk_gated_delta_rule, l2norm inside", _warm_functional(True))
+launch.register_warmup("chunk_gated_delta_rule_paged", _warm_paged(False))
+launch.register_warmup("chunk_gated_delta_rule_paged, gates and l2norm inside", _warm_paged(True))
