@@ -39,6 +39,9 @@ def smallest() -> list[Case]:
     return [case for _, case in found.values()]
 
 
+SMALLEST = smallest()
+
+
 def bench(benchmark: Any, call: Callable[[], Any], **facts: Any) -> None:
     # the result is in extra_info; the benchmark's own clock times the measurement as a whole
     us = benchmark.pedantic(lambda: timing.queued_host_us(call), rounds=1)
@@ -46,12 +49,11 @@ def bench(benchmark: Any, call: Callable[[], Any], **facts: Any) -> None:
     print(f"\n{facts['case']}: {us:.1f} us a call")
 
 
-@pytest.mark.parametrize("operator", [case.operator for case in smallest()])
-def test_host_time(operator: str, benchmark: Any) -> None:
-    case = next(case for case in smallest() if case.operator == operator)
+@pytest.mark.parametrize("case", SMALLEST, ids=lambda case: case.operator)
+def test_host_time(case: Case, benchmark: Any) -> None:
     call = case.bind(case.inputs(Inputs(0)))
     with torch.no_grad():
-        bench(benchmark, call, case=case.name, operator=operator, replayed=operator not in replay.reasons())
+        bench(benchmark, call, case=case.name, operator=case.operator, replayed=case.operator not in replay.reasons())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")

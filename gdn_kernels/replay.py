@@ -80,6 +80,7 @@ class Recording:
                     self.failure = f"argument {position} of a launch is neither an argument nor an allocation"
                     return
                 patches.append((position, *self.sources[id(argument)]))
+                template[position] = None  # a replay must not keep the recorded call's tensors alive
         try:
             handles = compiled.run, compiled.function, compiled.packed_metadata
         except AttributeError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import types
+import weakref
 
 import operator_cases
 import pytest
@@ -77,6 +79,15 @@ def test_a_result_that_views_its_allocation_is_made_in_that_shape(device):
         out = launch.empty(x, *x.shape)
         result = launch.view(out.squeeze(0), out)
     assert recording.replay(result).allocations[0][0] == (8,)
+
+
+def test_a_replay_keeps_no_tensor_of_the_recorded_call_alive(device):
+    x, y = torch.zeros(8), torch.zeros(8)
+    repeat, out = record(x, y, Compiled())
+    watched = [weakref.ref(tensor) for tensor in (x, y, out)]
+    del x, y, out
+    gc.collect()
+    assert repeat is not None and [ref() for ref in watched] == [None] * 3
 
 
 def test_zeros_are_zeros_again(device, monkeypatch):

@@ -64,8 +64,8 @@ def inv_l2norm(sum_of_squares, eps):
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """The first line of every kernel. Where it is launched before its predecessor has ended (programmatic dependent
-    launch), wait for that end, and let the successor be launched in turn: nothing is read or written before."""
+    """The first line of a kernel that may be launched before its predecessor has ended (programmatic dependent launch):
+    wait for that end, and let the successor be launched in turn. Nothing is read or written before."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
