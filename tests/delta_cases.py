@@ -122,3 +122,30 @@ def assert_close(result: torch.Tensor, wanted: torch.Tensor, budget: float, what
     )
     print(f"{what}: relative error {error:.2e}, budget {budget:.2e}, worst at {where}")
     assert error <= budget, f"{what}: relative error {error:.2e} above {budget:.2e}, worst at {where}"
+
+
+# The numerics that must not break, by name: inputs, and options of the call. For 16-bit operands, on every device.
+HARD = {
+    "tails": ({"lengths": (1, 63, 64, 65, 0, 127), "padding": 5}, {}),
+    "one-value-head-a-key-head": ({"lengths": (70,), "H": 2, "HV": 2}, {}),
+    "three-value-heads-a-key-head": ({"lengths": (70,), "H": 1, "HV": 3}, {}),
+    "four-value-heads-a-key-head": ({"lengths": (70,), "H": 1, "HV": 4}, {}),
+    "heads-of-128": ({"lengths": (70,), "K": 128, "V": 128}, {}),
+    "heads-of-256": ({"lengths": (66,), "HV": 1, "K": 256, "V": 256}, {}),
+    "heads-of-256-and-64": ({"lengths": (66,), "HV": 1, "K": 256, "V": 64}, {}),
+    "no-decay": ({"lengths": (130,), "gates": "none"}, {}),
+    "gates-of-minus-infinity": ({"lengths": (130, 3), "gates": "strong"}, {}),
+    "beta-0": ({"lengths": (130,), "beta_value": 0.0}, {}),
+    "beta-1": ({"lengths": (130,), "beta_value": 1.0}, {}),
+    "positive-keys": ({"lengths": (130,), "keys": "positive"}, {}),
+    "identical-keys-beta-1": ({"lengths": (130,), "keys": "identical", "beta_value": 1.0}, {}),
+    "all-zero-keys": ({"lengths": (70,), "keys": "zero"}, {"use_qk_l2norm": True}),
+    "keys-and-queries-of-any-length": ({"lengths": (70, 3), "normalise": False}, {"use_qk_l2norm": True}),
+}
+
+# Relative RMS for the above: operands rounded to 11 (8) bits, and results of the chunk form within prefill.md's 5e-3.
+HARD_BUDGETS = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# Reflections, undamped: sums of 64 alternating entries of the inverse, each up to 2 and rounded to the operands' bits,
+# so sqrt(64) * 2 units in the last place of 1. No form that rounds the inverse to 16 bits does better.
+REFLECTION = {"lengths": (64,), "keys": "identical", "beta_value": 1.98, "gates": "none"}
+REFLECTION_BUDGETS = {torch.float16: 16 * 2.0**-11, torch.bfloat16: 16 * 2.0**-8}

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from delta_cases import assert_close, delta_inputs, oracle
+from delta_cases import (
+    HARD,
+    HARD_BUDGETS,
+    REFLECTION,
+    REFLECTION_BUDGETS,
+    assert_close,
+    delta_inputs,
+    oracle,
+)
 
 from gdn_kernels.kernels import chunk
 
@@ -20,11 +28,12 @@ def run(inputs, **options):
     return chunk.chunk_gated_delta_rule(*inputs.tensors, cu_seqlens=inputs.cu_seqlens, **options)
 
 
-def check(inputs, dtype=torch.float32, initial_state=None, **options):
+def check(inputs, dtype=torch.float32, budget=None, initial_state=None, **options):
+    budget = BUDGETS[dtype] if budget is None else budget
     o, state = run(inputs, initial_state=initial_state, **options)
     wanted_o, wanted_state = oracle(inputs, initial_state=initial_state, **options)
-    assert_close(o[:, : inputs.real_tokens], wanted_o[:, : inputs.real_tokens], BUDGETS[dtype], "o")
-    assert_close(state, wanted_state, BUDGETS[dtype], "state")
+    assert_close(o[:, : inputs.real_tokens], wanted_o[:, : inputs.real_tokens], budget, "o")
+    assert_close(state, wanted_state, budget, "state")
     assert torch.equal(o[:, inputs.real_tokens :], torch.zeros_like(o[:, inputs.real_tokens :]))
 
 
@@ -78,6 +87,20 @@ def test_identical_keys_with_beta_near_two():
 def test_gates_without_decay_and_with_minus_infinity(gates):
     inputs = delta_inputs((130, 3), gates=gates)
     check(inputs, initial_state=inputs.initial_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_numerics_with_16_bit_operands(name, dtype):
+    arguments, options = HARD[name]
+    inputs = delta_inputs(**arguments, dtype=dtype)
+    check(inputs, dtype, HARD_BUDGETS[dtype], initial_state=inputs.initial_state, **options)
+
+
+@pytest.mark.parametrize("dtype", REFLECTION_BUDGETS, ids=str)
+def test_reflections_with_16_bit_operands(dtype):
+    inputs = delta_inputs(**REFLECTION, dtype=dtype)
+    check(inputs, dtype, REFLECTION_BUDGETS[dtype], initial_state=inputs.initial_state)
 
 
 def test_equal_lengths_in_a_batch_match_the_packed_form():
