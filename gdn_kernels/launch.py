@@ -201,11 +201,12 @@ class ScanConfig:
 
 # Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
 # RMS norm times silu(z), bf16, rotated buffers, H100, 2026-11-23, us for 32, 4,096, 16,384, 65,536 and 1,048,576 rows:
-# 8 rows in 2 warps 1.4, 2.8, 6.0, 18.6, 264; 16 rows in 4 warps 1.4, 2.9, 6.1, 18.8, 263; 4 rows in 1 warp 1.4, 2.8,
-# 6.0, 21.5, 317; 16 rows in 2 warps 2.0, 3.4, 6.5, 19.3, 262. The others hold about 2,048 elements, 16 bytes a load.
+# 8 rows in 4 warps 0.9, 2.5, 5.7, 18.6, 263; 8 rows in 2 warps 1.2, 2.9, 5.9, 18.8, 263; 16 rows in 8 warps 1.1, 2.5,
+# 5.7, 18.6, 263; 32 rows in 16 warps 1.5, 2.6, 5.7, 18.5, 261; 4 rows in 2 warps 0.9, 2.5, 5.7, 21.2, 316 (so many
+# programs cannot be started faster). The others hold about 2,048 elements, 16 bytes a load.
 NORM_LADDER = (
     (64, NormConfig(32, 64, 4)),
-    (128, NormConfig(8, 128, 2)),
+    (128, NormConfig(8, 128, 4)),
     (256, NormConfig(8, 256, 4)),
     (512, NormConfig(4, 512, 4)),
     (1024, NormConfig(2, 1024, 4)),

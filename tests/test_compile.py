@@ -81,12 +81,15 @@ def test_rows_move_16_bytes_at_a_time(case, loads, stores):
     ],
 )
 def test_the_quantised_norm_does_the_sums_of_the_norm(case, plain):
-    """Its own are a maximum and divisions. No product is fused into a sum: each kernel might choose another."""
+    """Its own are a maximum and quotients, of one product and two fused steps each. No product is fused into a sum:
+    each kernel might choose another."""
     operations = []
     for name in (case, plain):
         (binary,) = binaries(triton_support.SWEEP_TARGET, name)
         operations.append(Counter(re.findall(r"\b(add|sub|mul|fma)(?:\.rn)?\.f32", binary.asm)))
-    assert operations[0] == operations[1] and operations[0]["add"] and not operations[0]["fma"]
+    quantised, norm = operations
+    assert quantised["add"] == norm["add"] > 0 == norm["fma"]
+    assert quantised["fma"] == 2 * (quantised["mul"] - norm["mul"])
 
 
 @pytest.mark.parametrize("sweep", registry.SWEEP_CASES)

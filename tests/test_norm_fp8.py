@@ -105,6 +105,21 @@ def test_a_row_that_is_not_finite_spoils_no_other(device, bad):
     assert_same_bits([values, scales], list(clean), "the other rows")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, fraction_bits, exponent", [(torch.bfloat16, 7, 0), (torch.float16, 10, 10)], ids=str)
+def test_every_quotient_of_16_bit_numbers_is_rounded_as_by_a_division(dtype, fraction_bits, exponent):
+    """The kernel divides by a reciprocal and a correction: tried for every mantissa of the largest value of a group,
+    and every value under it that does not become zero. A power of two in both changes no bit of a quotient."""
+    mantissas = 1 + torch.arange(2**fraction_bits, device="cuda", dtype=torch.float64) / 2**fraction_bits
+    under = torch.cat([mantissas * 2.0 ** (exponent - power) for power in range(20)]).to(dtype)
+    under = torch.nn.functional.pad(under, (0, -len(under) % 127)).view(-1, 127)
+    for largest in (mantissas * 2.0**exponent).to(dtype):
+        # groups of the largest value and 127 others; a row of ones has the norm 1, so the weight is what is quantised
+        groups = under.where(under <= largest, 0.0)
+        weight = torch.cat([largest.expand(len(groups), 1), groups], 1).flatten()
+        check_bits((torch.ones(1, len(weight), device="cuda", dtype=dtype), weight), norm_before_gate=True, eps=0.0)
+
+
 def test_values_times_scales_are_the_norm():
     m = Make(Sizes(), "cpu", torch.float32, 3)
     x, weight, z = m.normal(9, 4, 128), m.normal(128), m.normal(9, 4, 128)
