@@ -6,6 +6,9 @@ and alignment. The first call of a signature is checked, planned and launched th
 signature allocate the same, put the new pointers in and launch the compiled kernels, without Triton's argument binding
 (20 us a launch on the host of an H100, 2026-11-23, against 5) and without checking again what the signature decides.
 
+Both halves of that are written as straight lines of Python and compiled once: an operator's signature from its schema,
+a replay from the form of its recording. Loops over arguments took as long as the rest (6 of 12 us there).
+
 Nothing is keyed by a tensor's identity. A pointer that the recording cannot trace to an argument or an allocation, or a
 Triton whose compiled kernels look different, makes the signature unrepeatable: it keeps the ordinary path, and
 :func:`reasons` says why.
@@ -13,6 +16,7 @@ Triton whose compiled kernels look different, makes the signature unrepeatable: 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -41,17 +45,26 @@ def reasons() -> dict[str, str]:
     return dict(_reasons)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Recording a call
+# ---------------------------------------------------------------------------------------------------------------
+
+Patch = tuple[int, int, int]  # position among a launch's arguments, number of the pointer, bytes past it
+
+
 class Recording:
     """Notes the allocations and launches of one call; a context manager."""
 
-    def __init__(self, operator: str, inputs: list[torch.Tensor]) -> None:
-        self.operator, self.device = operator, inputs[0].get_device()
+    def __init__(self, operator: str, inputs: list[torch.Tensor | None]) -> None:
+        """``inputs``: what the call has for each tensor argument of the operator, in the schema's order."""
+        self.operator = operator
+        self.kept: list[Any] = [tensor for tensor in inputs if tensor is not None]
+        self.device = self.kept[0].get_device()
         # tensor id -> (number of the pointer, bytes past it); the tensors are kept, so that no id is used twice
-        self.sources = {id(tensor): (number, 0) for number, tensor in enumerate(inputs)}
-        self.kept: list[Any] = list(inputs)
+        self.sources = {id(tensor): (number, 0) for number, tensor in enumerate(inputs) if tensor is not None}
         self.num_inputs = len(inputs)
         self.allocations: list[tuple[torch.Tensor, bool]] = []
-        self.launches: list[tuple] = []
+        self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[Patch]]] = []
         self.failure: str | None = None
 
     def __enter__(self) -> Recording:
@@ -81,16 +94,11 @@ class Recording:
                     return
                 patches.append((position, *self.sources[id(argument)]))
                 template[position] = None  # a replay must not keep the recorded call's tensors alive
-        try:
-            handles = compiled.run, compiled.function, compiled.packed_metadata
-        except AttributeError as error:
-            self.failure = f"compiled kernels of this Triton differ: {error}"
-            return
-        x, y, z = (*grid, 1, 1)[:3]
-        self.launches.append((*handles, x, y, z, template, tuple(patches)))
+        self.launches.append((compiled, (*grid, 1, 1)[:3], template, patches))
 
-    def replay(self, result: Any) -> Replay | None:
-        """What repeats the call that gave ``result``; None, with a reason noted, where it cannot be repeated."""
+    def replay(self, result: Any) -> Callable[..., Any] | None:
+        """What repeats the call that gave ``result``, a function of the pointers of ``inputs``; None, with a reason
+        noted, where it cannot be repeated."""
         results = result if isinstance(result, tuple) else () if result is None else (result,)
         made = []
         shapes = [tensor for tensor, _ in self.allocations]
@@ -102,6 +110,10 @@ class Recording:
             # a result may be a view of all of its allocation: it is then allocated in that shape
             shapes[number - self.num_inputs] = tensor
             made.append(number - self.num_inputs)
+        try:
+            starts = [(*_start(compiled, grid), *rest) for compiled, grid, *rest in self.launches]
+        except AttributeError as error:
+            self.failure = f"compiled kernels of this Triton differ: {error}"
         if self.failure is not None:
             _reasons[self.operator] = self.failure
             return None
@@ -109,53 +121,191 @@ class Recording:
             (tuple(tensor.shape), tensor.stride(), tensor.dtype, zero)
             for tensor, (_, zero) in zip(shapes, self.allocations, strict=True)
         ]
-        kind = tuple if isinstance(result, tuple) else None if result is None else torch.Tensor
-        return Replay(self.device, allocations, self.launches, made, kind)
+        returned = "(" + "".join(f"t{number}, " for number in made) + ")" if isinstance(result, tuple) else None
+        returned = f"t{made[0]}" if isinstance(result, torch.Tensor) else returned
+        return _written(self.num_inputs, self.device, allocations, starts, returned)
 
 
-class Replay:
-    """Repeats a recorded call on new pointers, on the current stream of its device."""
-
-    __slots__ = ("allocations", "device", "launches", "made", "single")
-
-    def __init__(self, device: int, allocations: list, launches: list, made: list[int], kind: type | None) -> None:
-        self.device, self.allocations, self.launches = device, allocations, launches
-        self.made = tuple(made) if kind is tuple else None
-        self.single = made[0] if kind is torch.Tensor else None
-
-    def __call__(self, pointers: list[int]) -> Any:
-        """``pointers``: of the call's tensors, in the order of its arguments; the list is used up."""
-        device = self.device
-        if torch._C._cuda_getDevice() != device:
-            with torch.cuda.device(device):
-                return self(pointers)
-        tensors = []
-        for shape, stride, dtype, zero in self.allocations:
-            if zero:
-                tensor = torch.zeros(shape, dtype=dtype, device=device)
-            elif _empty_on_current_device is not None:
-                tensor = _empty_on_current_device(shape, stride, dtype)
-            else:
-                tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            tensors.append(tensor)
-            pointers.append(tensor.data_ptr())
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        for run, function, metadata, x, y, z, template, patches in self.launches:
-            arguments = template.copy()
-            for position, number, offset in patches:
-                arguments[position] = pointers[number] + offset
-            run(x, y, z, stream, function, metadata, None, None, None, *arguments)
-        if self.single is not None:
-            return tensors[self.single]
-        return None if self.made is None else tuple([tensors[number] for number in self.made])
+# ---------------------------------------------------------------------------------------------------------------
+# Triton's launcher: the one place that knows it
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def signature(values: Any, key: list, pointers: list[int]) -> None:
-    """Append to ``key`` what decides a call about ``values``, and to ``pointers`` where its tensors are."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            pointer = value.data_ptr()
-            pointers.append(pointer)
-            key += (value.dtype, value.shape, value.stride(), pointer & 15, value.get_device())
+def _start(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., None], tuple, tuple]:
+    """What launches ``compiled``, and the arguments before and after the stream; the kernel's own follow them.
+
+    Raises AttributeError where compiled kernels of this Triton are made otherwise.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    hooks = (None, None, None)  # metadata for launch hooks, and the hooks: with hooks nothing is replayed
+    if type(run).__name__ == "CudaLauncher" and not hasattr(run, "kernel_signature"):
+        # Triton 3.6: its __call__ only adds the scratch memory of kernels that need some, in 1 us
+        if run.global_scratch_size == run.profile_scratch_size == 0:
+            flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+            return run.launch, grid, (function, *flags, metadata, *hooks)
+    return run, grid, (function, metadata, *hooks)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing a replay
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _factory(source: str) -> Callable[..., Any]:
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)  # written below, from counts and names of this file
+    return namespace["make"]
+
+
+def _empty(shape: tuple, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+def _zeros(shape: tuple, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cuda")
+
+
+def _on_device(device: int, call: Callable[..., Any], *pointers: int | None) -> Any:
+    with torch.cuda.device(device):
+        return call(*pointers)
+
+
+def _written(num_inputs: int, device: int, allocations: list, launches: list, returned: str | None) -> Callable:
+    """``replay(p0, p1, ...)``: allocates, launches on the current stream of ``device``, gives what ``returned`` says.
+
+    Shapes, strides and numbers are its free variables: its text, and so its code, is that of all calls of this form.
+    """
+    constants: dict[str, Any] = {
+        "device": device,
+        "on_device": _on_device,
+        "current_device": torch._C._cuda_getDevice,
+        "stream_of": torch._C._cuda_getCurrentRawStream,
+        "empty": _empty_on_current_device or _empty,
+    }
+    pointers = [f"p{number}" for number in range(num_inputs)]
+    used = {number for *_, patches in launches for _, number, _ in patches}
+    lines = []
+    for i, (shape, stride, dtype, zero) in enumerate(allocations):
+        constants |= {f"shape{i}": shape, f"stride{i}": stride, f"dtype{i}": dtype}
+        lines.append(f"t{i} = {'zeros' if zero else 'empty'}(shape{i}, stride{i}, dtype{i})")
+        pointers.append(f"q{i}")
+        if num_inputs + i in used:
+            lines.append(f"q{i} = t{i}.data_ptr()")
+    if any(zero for *_, zero in allocations):
+        constants["zeros"] = _zeros
+    lines.append("stream = stream_of(device)")
+    for i, (start, before, after, template, patches) in enumerate(launches):
+        arguments = ["None"] * (len(before) + 1 + len(after) + len(template))
+        for position, value in enumerate((*before, None, *after, *template)):
+            if value is not None:
+                arguments[position] = f"c{i}_{position}"
+                constants[f"c{i}_{position}"] = value
+        arguments[len(before)] = "stream"
+        for position, number, offset in patches:
+            position += len(before) + 1 + len(after)
+            arguments[position] = f"{pointers[number]} + c{i}_{position}" if offset else pointers[number]
+            if offset:
+                constants[f"c{i}_{position}"] = offset
+        constants[f"start{i}"] = start
+        lines.append(f"start{i}({', '.join(arguments)})")
+    inputs = ", ".join(pointers[:num_inputs])
+    source = f"""
+def make({", ".join(constants)}):
+    def replay({inputs}):
+        if current_device() != device:
+            return on_device(device, replay, {inputs})
+        {"; ".join(lines)}
+        return {returned}
+    return replay
+"""
+    return _factory(source)(**constants)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing an operator's signature
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def dispatcher(schema: str, call: Callable[..., Any], replayable: Callable[[], bool]) -> Callable[..., Any]:
+    """``call``, recorded once for each signature and replayed from then on: a function of the arguments of ``schema``.
+
+    It takes the ordinary path where ``replayable()`` is false, and where a tensor requires a gradient.
+    """
+    parsed = torch._C.parse_schema(schema)
+    parameters, given, facts, grads, lines, tensors = [], [], [], [], [], []
+    defaults: dict[str, Any] = {}
+    for argument in parsed.arguments:
+        name, kind = argument.name, str(argument.type)
+        if argument.kwarg_only and "*" not in parameters:
+            parameters.append("*")
+        given.append(f"{name}={name}" if argument.kwarg_only else name)
+        if argument.has_default_value():
+            defaults[f"default_{name}"] = argument.default_value
+            parameters.append(f"{name}=default_{name}")
         else:
-            key.append(value)
+            parameters.append(name)
+        if kind not in ("Tensor", "Optional[Tensor]"):
+            facts.append(name)
+            continue
+        pointer = f"p{len(tensors)}"
+        tensors.append(name)
+        decisive = f"{name}.dtype, {name}.shape, {name}.stride(), {pointer} & 15, {name}.get_device()"
+        if kind == "Tensor":
+            lines.append(f"{pointer} = {name}.data_ptr()")
+            facts.append(decisive)
+            grads.append(f"{name}.requires_grad")
+        else:
+            lines += [f"if {name} is None: {pointer} = facts_{name} = None"]
+            lines += [f"else: {pointer} = {name}.data_ptr(); facts_{name} = {decisive}"]
+            facts.append(f"facts_{name}")
+            grads.append(f"{name} is not None and {name}.requires_grad")
+    body = "\n        ".join(lines)
+    source = f"""
+def make(call, record, replayable, known, last, grad_enabled, {", ".join(defaults)}):
+    def implementation({", ".join(parameters)}):
+        {body}
+        key = ({", ".join(facts)},)
+        recent, replay = last[0]
+        if recent != key:
+            replay = known.get(key)
+            if replay is not None:
+                last[0] = key, replay
+        if not replayable():
+            return call({", ".join(given)})
+        if replay is None or grad_enabled() and ({" or ".join(grads)}):
+            return (call if key in known else record(key))({", ".join(given)})
+        return replay({", ".join(f"p{number}" for number in range(len(tensors)))})
+    return implementation
+"""
+    known: dict[tuple, Callable[..., Any] | None] = {}
+    names = [argument.name for argument in parsed.arguments]
+    record = functools.partial(_recorder, parsed.name.split("::")[-1], call, known, names, tensors)
+    return _factory(source)(call, record, replayable, known, [(None, None)], torch.is_grad_enabled, **defaults)
+
+
+def _recorder(
+    operator: str, call: Callable[..., Any], known: dict, names: list[str], tensors: list[str], key: tuple
+) -> Callable[..., Any]:
+    """``call``, which also notes under ``key`` what repeats it."""
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        seen: set[int] = set()
+
+        def apart(value: Any) -> Any:
+            # one tensor given twice may be two in the signature's next call
+            if isinstance(value, torch.Tensor):
+                value = value.detach() if id(value) in seen else value
+                seen.add(id(value))
+            return value
+
+        args, kwargs = tuple(map(apart, args)), {name: apart(value) for name, value in kwargs.items()}
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        with Recording(operator, [values[name] for name in tensors]) as recording:
+            result = call(*args, **kwargs)
+        if len(known) >= MAX_SIGNATURES:
+            known.clear()
+        known[key] = recording.replay(result)
+        return result
+
+    return recorded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import types
@@ -21,10 +22,12 @@ from gdn_kernels import launch, replay
 
 @pytest.fixture
 def device(monkeypatch):
-    """The two functions of a CUDA build that a replay asks."""
+    """The functions of a CUDA build that a replay asks; a CPU tensor's device has the number -1."""
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
-    monkeypatch.setattr(replay, "_empty_on_current_device", lambda *args: torch.empty_strided(args[0], args[1]))
+    monkeypatch.setattr(replay, "_empty_on_current_device", None)
+    monkeypatch.setattr(replay, "_empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
+    monkeypatch.setattr(replay, "_zeros", lambda shape, stride, dtype: torch.zeros(shape, dtype=dtype))
 
 
 class Compiled:
@@ -38,7 +41,7 @@ class Compiled:
 
 
 def record(x, y, compiled, result=None, **options):
-    recording = replay.Recording("stand-in", [x, y])
+    recording = replay.Recording("stand-in", [x, None, y])
     with recording:
         out = launch.empty(x, *x.shape, **options)
         part = launch.view(y[2:], y)
@@ -48,37 +51,99 @@ def record(x, y, compiled, result=None, **options):
 
 def test_a_replay_puts_new_pointers_in(device):
     compiled = Compiled()
-    x, y = torch.zeros(8), torch.zeros(8)
-    repeat, _ = record(x, y, compiled)
-    repeat.device = -1
+    repeat, _ = record(torch.zeros(8), torch.zeros(8), compiled)
     other_x, other_y = torch.zeros(8), torch.zeros(8)
-    made = repeat([other_x.data_ptr(), other_y.data_ptr()])
+    made = repeat(other_x.data_ptr(), None, other_y.data_ptr())
     expected = (4, 1, 1, 77, "function", "metadata", None, None, None)
     pointers = (other_x.data_ptr(), other_y.data_ptr() + 8, made.data_ptr(), 3, None)
     assert compiled.calls == [expected + pointers]
-    assert made.shape == x.shape
+    assert made.shape == (8,)
 
 
-def test_a_replay_does_not_change_what_it_repeats(device):
-    compiled = Compiled()
+class CudaLauncher:
+    """As Triton 3.6 has it: arguments of its own before the kernel's."""
+
+    launch_cooperative_grid, launch_pdl, global_scratch_size, profile_scratch_size = False, True, 0, 0
+
+    def __init__(self):
+        self.calls, self.through = [], []
+
+    def launch(self, *args):
+        self.calls.append(args)
+
+    def __call__(self, *args):
+        self.through.append(args)
+
+
+@pytest.mark.parametrize("scratch", [0, 128])
+def test_a_launcher_is_passed_by_where_it_has_nothing_to_add(device, scratch):
+    launcher = CudaLauncher()
+    launcher.global_scratch_size = scratch
+    compiled = types.SimpleNamespace(run=launcher, function="function", packed_metadata="metadata")
     x, y = torch.zeros(8), torch.zeros(8)
     repeat, _ = record(x, y, compiled)
-    repeat.device = -1
-    for _ in range(3):
-        repeat([x.data_ptr(), y.data_ptr()])
-    first, *rest = [call[9:11] for call in compiled.calls]
-    assert all(call == first for call in rest)
+    launcher.calls.clear()
+    made = repeat(x.data_ptr(), None, y.data_ptr())
+    own = (x.data_ptr(), y.data_ptr() + 8, made.data_ptr(), 3, None)
+    if scratch:
+        assert launcher.through == [(4, 1, 1, 77, "function", "metadata", None, None, None, *own)]
+    else:
+        flags = (False, True, None, None)
+        assert launcher.calls == [(4, 1, 1, 77, "function", *flags, "metadata", None, None, None, *own)]
+
+
+def test_two_launches_and_two_results_are_repeated_in_order(device):
+    first, second = Compiled(), Compiled()
+    x = torch.zeros(4, 6)
+    recording = replay.Recording("stand-in", [x])
+    with recording:
+        a = launch.empty(x, 2, 3)
+        b = launch.empty(x, 5, dtype=torch.int32, zero=True)
+        recording.launched(first, (1, 2, 3), (x, a))
+        recording.launched(second, (9,), (a, b, 2.5))
+    found = recording.replay((b, a))(x.data_ptr())
+    assert [(t.shape, t.dtype) for t in found] == [((5,), torch.int32), ((2, 3), torch.float32)]
+    assert not found[0].any()
+    assert first.calls[0][:3] == (1, 2, 3) and first.calls[0][9:] == (x.data_ptr(), found[1].data_ptr())
+    assert second.calls[0][:3] == (9, 1, 1) and second.calls[0][9:] == (found[1].data_ptr(), found[0].data_ptr(), 2.5)
+
+
+def test_replays_of_one_form_share_their_code_and_nothing_else(device):
+    compiled = Compiled(), Compiled()
+    repeats = [record(torch.zeros(n), torch.zeros(n), c)[0] for n, c in zip((8, 16), compiled, strict=True)]
+    assert repeats[0].__code__ is repeats[1].__code__
+    assert [repeat(0, None, 0).shape for repeat in repeats] == [(8,), (16,)]
+    assert [len(c.calls) for c in compiled] == [1, 1]
+
+
+def test_a_replay_on_another_device_changes_to_its_own(device, monkeypatch):
+    x, y, entered = torch.zeros(8), torch.zeros(8), []
+    compiled = Compiled()
+    repeat, _ = record(x, y, compiled)
+
+    @contextlib.contextmanager
+    def change(index):
+        entered.append(index)
+        now.append(index)
+        yield
+        now.pop()
+
+    now = [3]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: now[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", change)
+    repeat, _ = record(x, y, compiled)
+    repeat(x.data_ptr(), None, y.data_ptr())
+    assert entered == [-1] and len(compiled.calls) == 1
 
 
 def test_a_result_that_views_its_allocation_is_made_in_that_shape(device):
-    x, y = torch.zeros(1, 8), torch.zeros(8)
-    repeat, _ = record(x, y, Compiled(), result=lambda out: out)
-    assert repeat.allocations[0][0] == (1, 8)
-    recording = replay.Recording("stand-in", [x, y])
+    x = torch.zeros(1, 8)
+    recording = replay.Recording("stand-in", [x])
     with recording:
         out = launch.empty(x, *x.shape)
         result = launch.view(out.squeeze(0), out)
-    assert recording.replay(result).allocations[0][0] == (8,)
+    assert recording.replay(result)(0).shape == (8,)
+    assert recording.replay(out)(0).shape == (1, 8)
 
 
 def test_a_replay_keeps_no_tensor_of_the_recorded_call_alive(device):
@@ -88,11 +153,6 @@ def test_a_replay_keeps_no_tensor_of_the_recorded_call_alive(device):
     del x, y, out
     gc.collect()
     assert repeat is not None and [ref() for ref in watched] == [None] * 3
-
-
-def test_zeros_are_zeros_again(device, monkeypatch):
-    repeat, _ = record(torch.zeros(8), torch.zeros(8), Compiled(), zero=True)
-    assert repeat.allocations[0][3]
 
 
 @pytest.mark.parametrize("stray", ["argument", "result", "triton"])
@@ -121,29 +181,72 @@ def test_a_recording_ends_with_its_call_and_is_the_threads_own():
     assert replay.current() is None
 
 
-def key_of(*values):
-    key, pointers = [], []
-    replay.signature(values, key, pointers)
-    return tuple(key), pointers
+@pytest.fixture
+def operator(device):
+    """An operator whose calls are noted, and the kernel that its calls launch."""
+    calls, compiled = [], Compiled()
+
+    def call(x, y=None, *, scale=1.0):
+        calls.append((x, y, scale))
+        out = launch.empty(x, *x.shape)
+        replay.current() and replay.current().launched(compiled, (1,), (x, y, out, scale))
+        return out
+
+    schema = "gdn::stand_in(Tensor x, Tensor? y=None, *, float scale=1.0) -> Tensor"
+    return replay.dispatcher(schema, call, lambda: True), calls, compiled
 
 
-def test_a_signature_holds_what_decides_a_call():
+def test_a_signature_holds_what_decides_a_call(operator):
+    run, calls, compiled = operator
     x = torch.zeros(4, 8)
-    same, pointers = key_of(x, None, 1.0)
-    assert pointers == [x.data_ptr()]
-    assert key_of(torch.ones(4, 8), None, 1.0)[0] == same
     unaligned = torch.zeros(33)[1:].view(4, 8)
     different = [
-        key_of(x.half(), None, 1.0),
-        key_of(x[:3], None, 1.0),
-        key_of(torch.zeros(8, 4).t(), None, 1.0),
-        key_of(unaligned, None, 1.0),
-        key_of(x, x, 1.0),
-        key_of(x, None, 2.0),
-        key_of(None, x, 1.0),
+        (x,),
+        (x.half(),),
+        (x[:3],),
+        (torch.zeros(8, 4).t(),),
+        (unaligned,),
+        (x, x),
+        (x, x.half()),
+        (x, x[:3]),
+        (x, unaligned),
     ]
-    assert same not in [key for key, _ in different]
-    assert len({key for key, _ in different}) == len(different)
+    for number, args in enumerate(different, start=1):
+        run(*args)
+        run(*args)
+        run(*[torch.ones_like(arg) if arg.storage_offset() == 0 else arg for arg in args])
+        assert len(calls) == number, "recorded once"
+        assert len(compiled.calls) == 2 * number, "and repeated"
+    run(x, scale=2.0)
+    assert len(calls) == len(different) + 1
+    for args in different:
+        run(*args)
+    assert len(calls) == len(different) + 1
+    assert compiled.calls[-1][9:11] == (x.data_ptr(), unaligned.data_ptr())
+
+
+def test_a_call_that_raises_is_not_recorded_and_a_gradient_is_not_replayed(operator):
+    run, calls, compiled = operator
+    x = torch.zeros(4, 8)
+    with pytest.raises(AttributeError):
+        run(x, 3)
+    run(x)
+    run(x)
+    assert len(calls) == len(compiled.calls) == 1
+    run(x.requires_grad_())
+    assert len(calls) == 2 and len(compiled.calls) == 1
+    with torch.no_grad():
+        run(x)
+    assert len(calls) == len(compiled.calls) == 2
+
+
+def test_what_is_not_replayable_takes_the_ordinary_path(device):
+    calls = []
+    run = replay.dispatcher("gdn::f(Tensor x, int n=3) -> Tensor", lambda *args: calls.append(args), lambda: False)
+    x = torch.zeros(2)
+    run(x)
+    run(x, 4)
+    assert calls == [(x, 3), (x, 4)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,11 +255,11 @@ def test_a_signature_holds_what_decides_a_call():
 
 
 @pytest.fixture
-def replayed(monkeypatch):
-    """Counts the calls that a replay answers."""
+def ordinary(monkeypatch):
+    """Counts the launches that take Triton's path: those that no replay answers."""
     count = []
-    plain = replay.Replay.__call__
-    monkeypatch.setattr(replay.Replay, "__call__", lambda self, pointers: (count.append(1), plain(self, pointers))[1])
+    plain = launch.run
+    monkeypatch.setattr(launch, "run", lambda *args, **options: (count.append(1), plain(*args, **options))[1])
     with torch.no_grad():
         yield count
 
@@ -171,7 +274,7 @@ def norm(x, weight, z, **options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [call.id for call in operator_cases.calls(dtype=torch.bfloat16)])
-def test_every_call_is_replayed_with_the_same_bits(name, replayed):
+def test_every_call_is_replayed_with_the_same_bits(name, ordinary):
     def fresh(seed):
         calls = operator_cases.all_calls(operator_cases.Inputs("cuda", torch.bfloat16, seed))
         return next(call for call in calls if call.id == name)
@@ -182,12 +285,12 @@ def test_every_call_is_replayed_with_the_same_bits(name, replayed):
         return [x.clone() for x in (*found, *call.tensors)]
 
     fresh(0).run()
-    count = len(replayed)
+    count = len(ordinary)
     again = outcome(fresh(1))
-    assert len(replayed) == count + 1, replay.reasons()
+    assert len(ordinary) == count + 1, replay.reasons()
     with launch.pinned("gating", launch.GATING_CONFIG):  # a pin takes the ordinary path
         plain = outcome(fresh(1))
-    assert len(replayed) == count + 1
+    assert len(ordinary) == count + 1
     for found, wanted in zip(again, plain, strict=True):
         assert found.shape == wanted.shape and found.stride() == wanted.stride()
         assert found.dtype is wanted.dtype
@@ -195,28 +298,30 @@ def test_every_call_is_replayed_with_the_same_bits(name, replayed):
 
 
 @pytest.mark.gpu
-def test_one_tensor_given_twice_and_two_tensors_are_one_signature(replayed):
+def test_one_tensor_given_twice_and_two_tensors_are_one_signature(ordinary):
     x, z, weight = normal(5, 128), normal(5, 128, seed=1), normal(128, seed=2)
     norm(x, weight, x)
+    count = len(ordinary)
     found = norm(x, weight, z)
-    assert replayed
+    assert len(ordinary) == count
     with launch.pinned("gating", launch.GATING_CONFIG):
         assert torch.equal(found, norm(x, weight, z))
         assert not torch.equal(found, norm(x, weight, x))
 
 
 @pytest.mark.gpu
-def test_views_of_one_storage_and_of_several_are_one_signature(replayed):
+def test_views_of_one_storage_and_of_several_are_one_signature(ordinary):
     wide, other, weight = normal(6, 512), normal(6, 512, seed=1), normal(128, seed=2)
     norm(wide[:, :128], weight, wide[:, 256:384])
+    count = len(ordinary)
     found = norm(wide[:, 128:256], weight, other[:, :128])
-    assert replayed
+    assert len(ordinary) == count
     with launch.pinned("gating", launch.GATING_CONFIG):
         assert torch.equal(found, norm(wide[:, 128:256], weight, other[:, :128]))
 
 
 @pytest.mark.gpu
-def test_results_are_fresh_each_time(replayed):
+def test_results_are_fresh_each_time(ordinary):
     x, weight = normal(9, 128), normal(128, seed=1)
     first, second, third = (norm(x, weight, None) for _ in range(3))
     assert len({t.data_ptr() for t in (first, second, third, x)}) == 4
@@ -224,7 +329,7 @@ def test_results_are_fresh_each_time(replayed):
 
 
 @pytest.mark.gpu
-def test_a_wrong_call_raises_after_a_right_one(replayed):
+def test_a_wrong_call_raises_after_a_right_one(ordinary):
     x, weight = normal(9, 128), normal(128, seed=1)
     for _ in range(2):
         norm(x, weight, None)
@@ -235,13 +340,13 @@ def test_a_wrong_call_raises_after_a_right_one(replayed):
 
 
 @pytest.mark.gpu
-def test_debug_checks_and_launch_hooks_take_the_ordinary_path(replayed):
+def test_debug_checks_and_launch_hooks_take_the_ordinary_path(ordinary):
     import triton
 
     x, weight = normal(9, 128), normal(128, seed=1)
     for _ in range(2):
         norm(x, weight, None)
-    count, seen = len(replayed), []
+    count, seen = len(ordinary), []
     with launch.debug_checks():
         norm(x, weight, None)
     hooks = triton.knobs.runtime.launch_enter_hook
@@ -251,17 +356,17 @@ def test_debug_checks_and_launch_hooks_take_the_ordinary_path(replayed):
         norm(x, weight, None)
     finally:
         hooks.remove(hook)
-    assert len(replayed) == count
+    assert len(ordinary) == count
     assert len(seen) == 1
     norm(x, weight, None)
-    assert len(replayed) == count + 1
+    assert len(ordinary) == count + 1
 
 
 @pytest.mark.gpu
-def test_a_replay_runs_on_the_current_stream(replayed):
+def test_a_replay_runs_on_the_current_stream(ordinary):
     x, weight = normal(9, 128), normal(128, seed=1)
     wanted = norm(x, weight, None)
-    stream = torch.cuda.Stream()
+    count, stream = len(ordinary), torch.cuda.Stream()
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -270,15 +375,15 @@ def test_a_replay_runs_on_the_current_stream(replayed):
         found = norm(late, weight, None)
     # had it run on another stream, it would have read zeros
     stream.synchronize()
-    assert replayed and torch.equal(found, wanted)
+    assert len(ordinary) == count and torch.equal(found, wanted)
 
 
 @pytest.mark.gpu
-def test_threads_replay_side_by_side(replayed):
+def test_threads_replay_side_by_side(ordinary):
     weight = normal(128, seed=1)
     xs = [normal(33, 128, seed=seed) for seed in range(8)]
     wanted = [norm(x, weight, x) for x in xs]
-    wrong = []
+    wrong, count = [], len(ordinary)
 
     def work(x, expected):
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
@@ -292,11 +397,11 @@ def test_threads_replay_side_by_side(replayed):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(replayed) > 300 and not wrong
+    assert len(ordinary) > 300 and not wrong
 
 
 @pytest.mark.gpu
-def test_signatures_are_bounded(replayed, monkeypatch):
+def test_signatures_are_bounded(ordinary, monkeypatch):
     monkeypatch.setattr(replay, "MAX_SIGNATURES", 3)
     weight = normal(128, seed=1)
     for rows in (*range(40, 50), *range(40, 50)):

@@ -65,60 +65,12 @@ def define(
         on_cpu = on_gpu = checked(call)
     else:
         on_cpu = checked(getattr(importlib.import_module(f"gdn_kernels.reference.{module}"), name))
-        on_gpu = _replayed(name, checked(_lazy_kernel(module, name)))
+        on_gpu = replay.dispatcher(f"gdn::{schema}", checked(_lazy_kernel(module, name)), launch.replayable)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"gdn::{name}", checked(fake), lib=library)
     library.impl(name, on_cpu, "CPU")
     library.impl(name, on_gpu, "CUDA")
     OPERATORS.append(name)
-
-
-def _replayed(name: str, call: Call) -> Call:
-    """``call``, recorded once for each signature and replayed from then on."""
-    replays: dict[tuple, replay.Replay | None] = {}
-
-    def implementation(*args: Any, **kwargs: Any) -> Any:
-        key: list[Any] = []
-        pointers: list[int] = []
-        replay.signature(args, key, pointers)
-        if kwargs:
-            key += kwargs
-            replay.signature(kwargs.values(), key, pointers)
-        signature = tuple(key)
-        known = replays.get(signature)
-        if not launch.replayable():
-            return call(*args, **kwargs)
-        if known is not None:
-            if torch.is_grad_enabled():
-                contracts.gradients(name, (*args, *kwargs.values()))
-            return known(pointers)
-        if signature in replays:
-            return call(*args, **kwargs)
-        args, kwargs = _apart(args, kwargs)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        with replay.Recording(name, tensors) as recording:
-            result = call(*args, **kwargs)
-        if len(replays) >= replay.MAX_SIGNATURES:
-            replays.clear()
-        replays[signature] = recording.replay(result)
-        return result
-
-    return implementation
-
-
-def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with every tensor an object of its own: one given twice may be two in the signature's next call."""
-    seen: set[int] = set()
-
-    def apart(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) in seen:
-            return value.detach()
-        seen.add(id(value))
-        return value
-
-    return tuple(map(apart, args)), {key: apart(value) for key, value in kwargs.items()}
 
 
 def _lazy_kernel(module: str, name: str) -> Call:
