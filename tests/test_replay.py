@@ -287,10 +287,10 @@ def test_every_call_is_replayed_with_the_same_bits(name, ordinary):
     fresh(0).run()
     count = len(ordinary)
     again = outcome(fresh(1))
-    assert len(ordinary) == count + 1, replay.reasons()
+    assert len(ordinary) == count, replay.reasons()
     with launch.pinned("gating", launch.GATING_CONFIG):  # a pin takes the ordinary path
         plain = outcome(fresh(1))
-    assert len(ordinary) == count + 1
+    assert len(ordinary) > count or not plain[0].numel()
     for found, wanted in zip(again, plain, strict=True):
         assert found.shape == wanted.shape and found.stride() == wanted.stride()
         assert found.dtype is wanted.dtype
@@ -356,10 +356,10 @@ def test_debug_checks_and_launch_hooks_take_the_ordinary_path(ordinary):
         norm(x, weight, None)
     finally:
         hooks.remove(hook)
-    assert len(ordinary) == count
+    assert len(ordinary) == count + 2
     assert len(seen) == 1
     norm(x, weight, None)
-    assert len(ordinary) == count + 1
+    assert len(ordinary) == count + 2
 
 
 @pytest.mark.gpu
@@ -383,7 +383,7 @@ def test_threads_replay_side_by_side(ordinary):
     weight = normal(128, seed=1)
     xs = [normal(33, 128, seed=seed) for seed in range(8)]
     wanted = [norm(x, weight, x) for x in xs]
-    wrong, count = [], len(ordinary)
+    count, wrong = len(ordinary), []
 
     def work(x, expected):
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
@@ -397,7 +397,7 @@ def test_threads_replay_side_by_side(ordinary):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(ordinary) > 300 and not wrong
+    assert len(ordinary) == count and not wrong
 
 
 @pytest.mark.gpu

@@ -84,8 +84,8 @@ def is_slot(index, num_slots, pad_slot_id):
 
 @triton.jit
 def inv_l2norm(sum_of_squares, eps):
-    """1 / sqrt(sum of squares + eps), with a correctly rounded root and quotient."""
-    return tl.div_rn(1.0, tl.sqrt_rn(sum_of_squares + eps))
+    """1 / sqrt(sum of squares + eps), within 2^-22, in one instruction; rounded correctly it takes 50."""
+    return tl.rsqrt(sum_of_squares + eps)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ place by their strides. So decode has the bits of a verification of one token.
 """
 
 from gdn_kernels import launch
-from gdn_kernels.kernels.recurrent import recurrent_gated_delta_rule_paged
+from gdn_kernels.kernels.recurrent import launch_recurrent
 
 
 def packed_decode(
@@ -25,18 +25,26 @@ def packed_decode(
     HV, V, K = state.shape[1:]
     keys = num_k_heads * K
     q, k, v = mixed_qkv.unsqueeze(1).split((keys, keys, HV * V), dim=-1)
-    o = recurrent_gated_delta_rule_paged(
+    o = launch.empty(mixed_qkv, mixed_qkv.shape[0], HV, V)
+    launch_recurrent(
         launch.view(q.unflatten(-1, (num_k_heads, K)), mixed_qkv),
         launch.view(k.unflatten(-1, (num_k_heads, K)), mixed_qkv),
         launch.view(v.unflatten(-1, (HV, V)), mixed_qkv),
         launch.view(a.unsqueeze(1), a),
         launch.view(b.unsqueeze(1), b),
+        o,
         state,
-        state_indices,
+        state,
+        cu_seqlens=None,
+        read=state_indices,
+        write=None,
+        has_initial_state=None,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
         A_log=A_log,
         dt_bias=dt_bias,
+        beta_scale=1.0,
         pad_slot_id=pad_slot_id,
+        is_one_token=True,
     )
-    return launch.view(o.squeeze(1), o)
+    return o

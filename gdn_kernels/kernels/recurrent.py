@@ -20,27 +20,25 @@ L2NORM_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def load_token(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    beta_ptr,
-    A_log,
-    dt_bias,
-    beta_scale,
-    rows,
-    K: tl.constexpr,
-    IS_RAW_GATE: tl.constexpr,
-    USE_QK_L2NORM: tl.constexpr,
-):
-    """q, k, v, g, beta of the token the pointers stand at, in fp32."""
+def load_token(q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, ok, rows, K: tl.constexpr):
+    """q, k, v, g, beta of the token the pointers stand at, as they are stored; zeros where not ``ok``."""
     columns = tl.arange(0, K)
-    q = tl.load(q_ptr + columns).to(tl.float32)
-    k = tl.load(k_ptr + columns).to(tl.float32)
-    v = tl.load(v_ptr + rows).to(tl.float32)
-    g = tl.load(g_ptr).to(tl.float32)
-    beta = tl.load(beta_ptr).to(tl.float32)
+    q = tl.load(q_ptr + columns, mask=ok, other=0.0)
+    k = tl.load(k_ptr + columns, mask=ok, other=0.0)
+    v = tl.load(v_ptr + rows, mask=ok, other=0.0)
+    g = tl.load(g_ptr, mask=ok, other=0.0)
+    beta = tl.load(beta_ptr, mask=ok, other=0.0)
+    return q, k, v, g, beta
+
+
+@triton.jit
+def prepare_token(q, k, v, g, beta, A_log, dt_bias, beta_scale, IS_RAW_GATE: tl.constexpr, USE_QK_L2NORM: tl.constexpr):
+    """What the delta step takes of a loaded token, in fp32."""
+    q = q.to(tl.float32)
+    k = k.to(tl.float32)
+    v = v.to(tl.float32)
+    g = g.to(tl.float32)
+    beta = beta.to(tl.float32)
     if USE_QK_L2NORM:
         q = q * inv_l2norm(tl.sum(q * q, axis=0), L2NORM_EPS)
         k = k * inv_l2norm(tl.sum(k * k, axis=0), L2NORM_EPS)
@@ -51,17 +49,37 @@ def load_token(
 
 
 @triton.jit
+def _pairs(x):
+    """Even and odd columns of the last dimension; neighbours are in one thread, so nothing moves."""
+    return tl.split(tl.reshape(x, x.shape[:-1] + (x.shape[-1] // 2, 2)))
+
+
+@triton.jit
+def row_dot(x, y):
+    """Sum of x y over the last dimension; of four neighbouring columns by fused steps, because a sum of products that
+    the compiler may not fuse takes twice the instructions."""
+    x0, x1 = _pairs(x)
+    y0, y1 = _pairs(tl.broadcast_to(y, x.shape))
+    x00, x01 = _pairs(x0)
+    x10, x11 = _pairs(x1)
+    y00, y01 = _pairs(y0)
+    y10, y11 = _pairs(y1)
+    return tl.sum(tl.fma(x11, y11, tl.fma(x01, y01, tl.fma(x10, y10, x00 * y00))), axis=len(x.shape) - 1)
+
+
+@triton.jit
 def delta_step(S, q, k, v, g, beta, scale):
     """One token: the new state and the output. S is [.., K]; q and k lack its first dimension, v its last.
 
-    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are launched
-    without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel it runs.
+    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are
+    launched without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel
+    it runs.
     """
     axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)
     k_row = tl.expand_dims(k, 0)
-    kS = tl.sum(S * k_row, axis=axis)
-    qS = tl.sum(S * tl.expand_dims(q, 0), axis=axis)
+    kS = row_dot(S, k_row)
+    qS = row_dot(S, tl.expand_dims(q, 0))
     qk = tl.sum(q * k, axis=axis - 1)
     delta = beta * tl.fma(-decay, kS, v)
     S = tl.fma(tl.expand_dims(delta, axis), k_row, decay * S)
@@ -156,55 +174,63 @@ def recurrent_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    IS_ONE_TOKEN: tl.constexpr,
     IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     h = hv // (HV // H)
     rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+    # The scalar part joins the base pointer, so that a thread's addresses differ by constants.
+    tile = (hv * V + block * BLOCK_V) * K
+    inner = tl.arange(0, BLOCK_V)[:, None] * K + tl.arange(0, K)[None, :]
+    wait_for_inputs(PDL)
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    token = batch * T + start
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
-
-    S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
-    if initial_ptr is not None:
-        S = tl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0).to(tl.float32)
+    o_t = o_ptr + ((batch * T + start) * HV + hv) * V + rows
+    q_t = q_ptr + batch * stride_q_b + start * stride_q_t + h * stride_q_h
+    k_t = k_ptr + batch * stride_k_b + start * stride_k_t + h * stride_k_h
+    v_t = v_ptr + batch * stride_v_b + start * stride_v_t + hv * stride_v_h
+    g_t = g_ptr + batch * stride_g_b + start * stride_g_t + hv
+    beta_t = beta_ptr + batch * stride_beta_b + start * stride_beta_t + hv
+    # Before the state, whose address waits for a slot; each next token is loaded before the work on its predecessor.
+    token = load_token(q_t, k_t, v_t, g_t, beta_t, length > 0, rows, K)
     A_log = 0.0
     dt_bias = 0.0
     if IS_RAW_GATE:
         A_log = tl.load(A_log_ptr + hv).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
 
-    if active:
+    S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
+    if initial_ptr is not None:
+        S = tl.load(initial_ptr + (read * stride_initial + tile) + inner, mask=known, other=0.0).to(tl.float32)
+
+    if IS_ONE_TOKEN:
+        q, k, v, g, beta = prepare_token(*token, A_log, dt_bias, beta_scale, IS_RAW_GATE, USE_QK_L2NORM)
+        S, o = delta_step(S, q, k, v, g, beta, scale)
+        tl.store(o_t, tl.where(active, o, 0.0).to(o_ptr.dtype.element_ty))
+    elif active:
         for i in range(length):
-            t = start + i
-            q, k, v, g, beta = load_token(
-                q_ptr + batch * stride_q_b + t * stride_q_t + h * stride_q_h,
-                k_ptr + batch * stride_k_b + t * stride_k_t + h * stride_k_h,
-                v_ptr + batch * stride_v_b + t * stride_v_t + hv * stride_v_h,
-                g_ptr + batch * stride_g_b + t * stride_g_t + hv,
-                beta_ptr + batch * stride_beta_b + t * stride_beta_t + hv,
-                A_log,
-                dt_bias,
-                beta_scale,
-                rows,
-                K,
-                IS_RAW_GATE,
-                USE_QK_L2NORM,
-            )
+            q, k, v, g, beta = prepare_token(*token, A_log, dt_bias, beta_scale, IS_RAW_GATE, USE_QK_L2NORM)
+            q_t += stride_q_t
+            k_t += stride_k_t
+            v_t += stride_v_t
+            g_t += stride_g_t
+            beta_t += stride_beta_t
+            token = load_token(q_t, k_t, v_t, g_t, beta_t, i + 1 < length, rows, K)
             S, o = delta_step(S, q, k, v, g, beta, scale)
-            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, o.to(o_ptr.dtype.element_ty))
+            tl.store(o_t, o.to(o_ptr.dtype.element_ty))
+            o_t += HV * V
     else:
-        for i in range(length):
-            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
-    tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+        for _ in range(length):
+            tl.store(o_t, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
+            o_t += HV * V
+    tl.store(final_ptr + (write * stride_final + tile) + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(
@@ -269,17 +295,18 @@ def verify_kernel(
     PDL: tl.constexpr,
 ):
     """Keeps the state after every token: in a slot of its own (IS_SLOT_PER_TOKEN), or at [row, step] of a buffer."""
-    wait_for_inputs(PDL)
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     h = hv // (HV // H)
     rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+    # The scalar part joins the base pointer, so that a thread's addresses differ by constants.
+    tile = (hv * V + block * BLOCK_V) * K
+    inner = tl.arange(0, BLOCK_V)[:, None] * K + tl.arange(0, K)[None, :]
+    wait_for_inputs(PDL)
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    token = batch * T + start
     column = n * 0
     in_range = length >= 0
     if accepted_ptr is not None:
@@ -297,13 +324,21 @@ def verify_kernel(
         row = tl.load(kept_index_ptr + n).to(tl.int64)
     has_row = (row >= 0) & (row < num_rows)
 
-    initial_ptrs = state_ptr + read * stride_state + inner
-    S = tl.load(initial_ptrs, mask=known, other=0.0).to(tl.float32)
+    o_t = o_ptr + ((batch * T + start) * HV + hv) * V + rows
+    q_t = q_ptr + batch * stride_q_b + start * stride_q_t + h * stride_q_h
+    k_t = k_ptr + batch * stride_k_b + start * stride_k_t + h * stride_k_h
+    v_t = v_ptr + batch * stride_v_b + start * stride_v_t + hv * stride_v_h
+    g_t = g_ptr + batch * stride_g_b + start * stride_g_t + hv
+    beta_t = beta_ptr + batch * stride_beta_b + start * stride_beta_t + hv
+    # Before the state, whose address waits for a slot; each next token is loaded before the work on its predecessor.
+    token = load_token(q_t, k_t, v_t, g_t, beta_t, length > 0, rows, K)
     A_log = 0.0
     dt_bias = 0.0
     if IS_RAW_GATE:
         A_log = tl.load(A_log_ptr + hv).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
+    initial_ptrs = state_ptr + (read * stride_state + tile) + inner
+    S = tl.load(initial_ptrs, mask=known, other=0.0).to(tl.float32)
 
     if active:
         for i in range(length):
@@ -313,37 +348,31 @@ def verify_kernel(
                 from_token = has_row & (parent >= 0) & (parent < i)
                 # other threads of this program wrote what is read here
                 tl.debug_barrier()
-                kept = kept_ptr + row * stride_kept_row + parent * stride_kept_step + inner
+                kept = kept_ptr + (row * stride_kept_row + parent * stride_kept_step + tile) + inner
                 ours = tl.load(kept, mask=from_token, other=0.0).to(tl.float32)
                 root = tl.load(initial_ptrs, mask=known & (from_token == 0), other=0.0).to(tl.float32)
                 S = tl.where(from_token, ours, root)
-            t = start + i
-            q, k, v, g, beta = load_token(
-                q_ptr + batch * stride_q_b + t * stride_q_t + h * stride_q_h,
-                k_ptr + batch * stride_k_b + t * stride_k_t + h * stride_k_h,
-                v_ptr + batch * stride_v_b + t * stride_v_t + hv * stride_v_h,
-                g_ptr + batch * stride_g_b + t * stride_g_t + hv,
-                beta_ptr + batch * stride_beta_b + t * stride_beta_t + hv,
-                A_log,
-                dt_bias,
-                beta_scale,
-                rows,
-                K,
-                IS_RAW_GATE,
-                USE_QK_L2NORM,
-            )
+            q, k, v, g, beta = prepare_token(*token, A_log, dt_bias, beta_scale, IS_RAW_GATE, USE_QK_L2NORM)
+            q_t += stride_q_t
+            k_t += stride_k_t
+            v_t += stride_v_t
+            g_t += stride_g_t
+            beta_t += stride_beta_t
+            token = load_token(q_t, k_t, v_t, g_t, beta_t, i + 1 < length, rows, K)
             S, o = delta_step(S, q, k, v, g, beta, scale)
-            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, o.to(o_ptr.dtype.element_ty))
+            tl.store(o_t, o.to(o_ptr.dtype.element_ty))
+            o_t += HV * V
             if IS_SLOT_PER_TOKEN:
                 slot = tl.load(index_ptr + n * stride_index + i, mask=i < num_steps, other=-1).to(tl.int64)
                 keep = is_slot(slot, num_slots, pad_slot_id)
-                tl.store(kept_ptr + slot * stride_kept_row + inner, S.to(kept_ptr.dtype.element_ty), mask=keep)
+                tl.store(kept_ptr + (slot * stride_kept_row + tile) + inner, S.to(kept_ptr.dtype.element_ty), mask=keep)
             else:
-                kept = kept_ptr + row * stride_kept_row + (n * 0 + i) * stride_kept_step + inner
+                kept = kept_ptr + (row * stride_kept_row + (n * 0 + i) * stride_kept_step + tile) + inner
                 tl.store(kept, S.to(kept_ptr.dtype.element_ty), mask=has_row & (i < num_steps))
     else:
-        for i in range(length):
-            tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
+        for _ in range(length):
+            tl.store(o_t, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
+            o_t += HV * V
 
 
 def batch_stride(tensor: torch.Tensor) -> int:
@@ -363,7 +392,7 @@ def _output(v, cu_seqlens):
     return launch.empty(v, *v.shape) if cu_seqlens is None else launch.empty(v, *v.shape, zero=True)
 
 
-def _launch(
+def launch_recurrent(
     q,
     k,
     v,
@@ -383,7 +412,10 @@ def _launch(
     dt_bias,
     beta_scale,
     pad_slot_id,
+    is_one_token=False,
 ):
+    """Launch the kernel on 4-D q, k, v. ``is_one_token``: rows of one token each, without offsets; a binary of its own,
+    with the same bits."""
     batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -420,6 +452,7 @@ def _launch(
         K=K,
         V=V,
         BLOCK_V=config.block_v,
+        IS_ONE_TOKEN=is_one_token,
         IS_RAW_GATE=A_log is not None,
         USE_QK_L2NORM=use_qk_l2norm,
     )
@@ -443,7 +476,7 @@ def recurrent_gated_delta_rule(
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = _output(v, cu_seqlens)
     final = launch.empty(v, count, v.shape[2], v.shape[3], q.shape[3], dtype=torch.float32)
-    _launch(
+    launch_recurrent(
         q,
         k,
         v,
@@ -498,7 +531,7 @@ def recurrent_gated_delta_rule_paged(
         pad_slot_id=pad_slot_id,
     )
     if state_indices.dim() == 1:
-        _launch(q, k, v, g, beta, o, state, state, read=state_indices, write=write_indices, **options)
+        launch_recurrent(q, k, v, g, beta, o, state, state, read=state_indices, write=write_indices, **options)
     else:
         _launch_verify(
             q,
