@@ -52,11 +52,20 @@ def load_token(
 
 @triton.jit
 def delta_step(S, q, k, v, g, beta, scale):
-    """One token: the new state and the output."""
-    S = S * tl.exp(g)
-    delta = beta * (v - tl.sum(S * k[None, :], axis=1))
-    S = S + delta[:, None] * k[None, :]
-    return S, scale * tl.sum(S * q[None, :], axis=1)
+    """One token: the new state and the output. S is [.., K]; q and k lack its first dimension, v its last.
+
+    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are launched
+    without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel it runs.
+    """
+    axis: tl.constexpr = len(S.shape) - 1
+    decay = tl.exp(g)
+    k_row = tl.expand_dims(k, 0)
+    kS = tl.sum(S * k_row, axis=axis)
+    qS = tl.sum(S * tl.expand_dims(q, 0), axis=axis)
+    qk = tl.sum(q * k, axis=axis - 1)
+    delta = beta * tl.fma(-decay, kS, v)
+    S = tl.fma(tl.expand_dims(delta, axis), k_row, decay * S)
+    return S, scale * tl.fma(qk, delta, decay * qS)
 
 
 @triton.jit
@@ -405,6 +414,7 @@ def _launch(
         K**-0.5 if scale is None else scale,
         beta_scale,
         config=config,
+        fp_fusion=False,
         H=H,
         HV=HV,
         K=K,
@@ -568,6 +578,7 @@ def _launch_verify(
         K**-0.5 if scale is None else scale,
         beta_scale,
         config=config,
+        fp_fusion=False,
         H=H,
         HV=HV,
         K=K,
