@@ -52,16 +52,24 @@ def _load(x_rows, z_rows, cols, mask, activation: tl.constexpr, norm_before_gate
     gate = 1.0
     if z_rows is not None:
         z = tl.load(z_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        act = sigmoid(z) if activation == "sigmoid" else silu(z)
-        if norm_before_gate:
-            gate = act
-        else:
-            u = u * act
+        u, gate = gated(u, z, activation, norm_before_gate)
     return u, gate
 
 
 @triton.jit
-def _store(
+def gated(u, z, activation: tl.constexpr, norm_before_gate: tl.constexpr):
+    """What the norm is taken of, and the gate still to apply."""
+    act = sigmoid(z) if activation == "sigmoid" else silu(z)
+    if norm_before_gate:
+        gate = act
+    else:
+        u = u * act
+        gate = 1.0
+    return u, gate
+
+
+@triton.jit
+def store_normed(
     out_rows,
     scale_rows,
     normed,
@@ -181,7 +189,7 @@ def norm_kernel(
             u = tl.where(mask, u - (tl.sum(u, axis=1) * SHARE)[:, None], 0.0)
         scale = inv_l2norm(tl.sum(u * u, axis=1) * SHARE, eps)[:, None]
         y = u * scale
-        _store(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
+        store_normed(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
     else:
         mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         if NORM == "layer":
@@ -205,7 +213,7 @@ def norm_kernel(
             mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
             u, gate = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
             y = (u - mean) * scale
-            _store(out_rows, scale_rows, y, gate, weight, bias, start, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
+            store_normed(out_rows, scale_rows, y, gate, weight, bias, start, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
 
 
 def _row_dims(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:

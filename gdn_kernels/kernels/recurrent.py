@@ -52,17 +52,19 @@ def load_token(
 
 @triton.jit
 def delta_step(S, q, k, v, g, beta, scale):
-    """One token: the new state and the output. S is [.., K]; q and k lack its first dimension, v its last.
+    """One token: the new state and the output. S is [.., rows, K]; v [.., rows], q and k [.., K], g and beta [..].
 
     Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are launched
     without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel it runs.
     """
     axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)
-    k_row = tl.expand_dims(k, 0)
+    k_row = tl.expand_dims(k, axis - 1)
     kS = tl.sum(S * k_row, axis=axis)
-    qS = tl.sum(S * tl.expand_dims(q, 0), axis=axis)
+    qS = tl.sum(S * tl.expand_dims(q, axis - 1), axis=axis)
     qk = tl.sum(q * k, axis=axis - 1)
+    if axis > 1:
+        qk = tl.expand_dims(qk, axis - 1)
     delta = beta * tl.fma(-decay, kS, v)
     S = tl.fma(tl.expand_dims(delta, axis), k_row, decay * S)
     return S, scale * tl.fma(qk, delta, decay * qS)
