@@ -273,20 +273,15 @@ STEP_LADDER = (
     (128 * 256, StepConfig(block_v=256, ahead=1, num_warps=16)),
     (256 * 256, StepConfig(block_v=128, ahead=1, num_warps=16)),
 )
-# A row of K = 256 in fp32 takes 64 lanes at 16 bytes: two warps would add it up in another order than one does.
-STEP_WIDE_ROW = StepConfig(block_v=8, ahead=1, num_warps=1)
 
 
-def step_config(head_k_dim: int, head_v_dim: int, state_size: int, target: Target) -> StepConfig:
-    """The decode step's rung for head sizes K and V and bytes of a state's element."""
-    lanes = 64 if target.backend == "hip" else 32
+def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
+    """The decode step's rung for head sizes K and V."""
     config = next((config for limit, config in STEP_LADDER if head_k_dim * head_v_dim <= limit), None)
     if config is None:
         raise NotImplementedError(f"head sizes must be at most 256, got {head_k_dim} and {head_v_dim}")
-    if head_k_dim * state_size > 16 * lanes:
-        config = STEP_WIDE_ROW
     # where warps have 64 lanes, half of them are as many threads
-    num_warps = max(1, config.num_warps * 32 // lanes)
+    num_warps = config.num_warps // (2 if target.backend == "hip" else 1)
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim), num_warps=num_warps)
 
 

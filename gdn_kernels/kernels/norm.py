@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit, wait_for_inputs
+from gdn_kernels.kernels._math import inv_l2norm, row_sum, sigmoid, silu, stride_unit, wait_for_inputs
 
 # Columns that share a scale.
 QUANT_GROUP = tl.constexpr(128)
@@ -187,7 +187,9 @@ def norm_kernel(
         u, gate = _load(x_rows, z_rows, tile, mask, ACTIVATION, NORM_BEFORE_GATE)
         if NORM == "layer":
             u = tl.where(mask, u - (tl.sum(u, axis=1) * SHARE)[:, None], 0.0)
-        scale = inv_l2norm(tl.sum(u * u, axis=1) * SHARE, eps)[:, None]
+        # a head's row is added up as in the decode step
+        squares = row_sum(u * u) if BLOCK_COLS <= 256 else tl.sum(u * u, axis=1)
+        scale = inv_l2norm(squares * SHARE, eps)[:, None]
         y = u * scale
         store_normed(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
     else:

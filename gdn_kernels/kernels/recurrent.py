@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, wait_for_inputs
 
 L2NORM_EPS = tl.constexpr(1e-6)
 
@@ -42,8 +42,8 @@ def load_token(
     g = tl.load(g_ptr).to(tl.float32)
     beta = tl.load(beta_ptr).to(tl.float32)
     if USE_QK_L2NORM:
-        q = q * inv_l2norm(tl.sum(q * q, axis=0), L2NORM_EPS)
-        k = k * inv_l2norm(tl.sum(k * k, axis=0), L2NORM_EPS)
+        q = q * inv_l2norm(row_sum(q * q), L2NORM_EPS)
+        k = k * inv_l2norm(row_sum(k * k), L2NORM_EPS)
     if IS_RAW_GATE:
         g = gate(g, A_log, dt_bias)
         beta = beta_scale * sigmoid(beta)
@@ -54,15 +54,16 @@ def load_token(
 def delta_step(S, q, k, v, g, beta, scale):
     """One token: the new state and the output. S is [.., rows, K]; v [.., rows], q and k [.., K], g and beta [..].
 
-    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are launched
-    without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel it runs.
+    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). The order of the sums
+    is fixed, kernels are launched without fused products, and the fused ones are spelled out: so a token has the same
+    bits in whichever kernel it runs.
     """
     axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)
     k_row = tl.expand_dims(k, axis - 1)
-    kS = tl.sum(S * k_row, axis=axis)
-    qS = tl.sum(S * tl.expand_dims(q, axis - 1), axis=axis)
-    qk = tl.sum(q * k, axis=axis - 1)
+    kS = row_sum(S * k_row)
+    qS = row_sum(S * tl.expand_dims(q, axis - 1))
+    qk = row_sum(q * k)
     if axis > 1:
         qk = tl.expand_dims(qk, axis - 1)
     delta = beta * tl.fma(-decay, kS, v)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, silu, stride_unit, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, silu, stride_unit, wait_for_inputs
 from gdn_kernels.kernels.norm import gated, store_normed
 from gdn_kernels.kernels.recurrent import L2NORM_EPS, delta_step
 
@@ -132,8 +132,8 @@ def decode_step_kernel(
     q = tl.load(mixed + h * K + columns).to(tl.float32)
     k = tl.load(mixed + H * K + h * K + columns).to(tl.float32)
     if USE_QK_L2NORM:
-        q = q * inv_l2norm(tl.sum(q * q, axis=1), L2NORM_EPS)[:, None]
-        k = k * inv_l2norm(tl.sum(k * k, axis=1), L2NORM_EPS)[:, None]
+        q = q * inv_l2norm(row_sum(q * q), L2NORM_EPS)[:, None]
+        k = k * inv_l2norm(row_sum(k * k), L2NORM_EPS)[:, None]
 
     heads = tl.arange(0, NORM_ROWS)
     cols = tl.arange(0, V)
@@ -170,7 +170,7 @@ def decode_step_kernel(
 
     u = tl.where(valid, u, 0.0)
     u, act = gated(u, z, NORM_ACTIVATION, NORM_BEFORE_GATE)
-    y = u * inv_l2norm(tl.sum(u * u, axis=1) * (1.0 / V), eps)[:, None]
+    y = u * inv_l2norm(row_sum(u * u) * (1.0 / V), eps)[:, None]
     row = (n * HV + h * R + heads)[:, None]
     out_rows = out_ptr + row * V
     scale_rows = scales_ptr + row * (V // 128) if scales_ptr is not None else None
@@ -206,7 +206,7 @@ def _launch(
     HV, V, K = state.shape[1:]
     H, W = num_k_heads, conv_weight.shape[1]
     target = launch.target(mixed_qkv.device)
-    config = launch.config("decode_step", K, V, state.element_size(), target)
+    config = launch.config("decode_step", K, V, target)
     lanes = 64 if target.backend == "hip" else 32
     threads = lanes * config.num_warps
     # Rows of K that all threads hold at 16 bytes each, and rows of V likewise: so a row lies in one warp.

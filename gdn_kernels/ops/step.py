@@ -63,8 +63,7 @@ def decode_step(
     """One decode step of a mixer layer, from its in-projections to the input of its out-projection, in one kernel.
 
     Bit for bit :func:`causal_conv1d_update`, :func:`packed_decode` and :func:`layer_norm_gated` (RMS) in sequence, with
-    their roundings: the conv's output and the recurrence's are rounded to the dtype of ``mixed_qkv``. (With fp32
-    ``mixed_qkv``, fp32 state and K = V = 256 the norm may differ in its last bit.)
+    their roundings: the conv's output and the recurrence's are rounded to the dtype of ``mixed_qkv``.
 
     Args:
         mixed_qkv: ``[N, D]``, D = 2 * H * K + HV * V, the conv's input in the order q, k, v; bf16, fp16 or fp32, token
