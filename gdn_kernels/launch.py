@@ -184,8 +184,8 @@ class RecurrentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """Decode step: a sequence and a key head a program. It holds ``block_v`` rows of one value head's ``[V, K]`` state at
-    a time; where that is all of it, ``ahead`` value heads are loaded before the first is worked on."""
+    """Decode step: a sequence and a key head a program, which holds ``block_v`` rows of a value head's ``[V, K]`` state
+    at a time. Where that is all of them, ``ahead`` value heads are loaded before the first is worked on."""
 
     block_v: int
     ahead: int

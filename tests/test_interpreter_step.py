@@ -1,4 +1,4 @@
-"""The decode step in Triton's interpreter, against the separate kernels, bit for bit, and against the fp64 reference."""
+"""The decode step in Triton's interpreter: the bits of the separate kernels, and near the fp64 reference."""
 
 from __future__ import annotations
 

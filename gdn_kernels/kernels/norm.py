@@ -69,7 +69,7 @@ def gated(u, z, activation: tl.constexpr, norm_before_gate: tl.constexpr):
 
 
 @triton.jit
-def store_normed(
+def store_tile(
     out_rows,
     scale_rows,
     normed,
@@ -191,7 +191,7 @@ def norm_kernel(
         squares = row_sum(u * u) if BLOCK_COLS <= 256 else tl.sum(u * u, axis=1)
         scale = inv_l2norm(squares * SHARE, eps)[:, None]
         y = u * scale
-        store_normed(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
+        store_tile(out_rows, scale_rows, y, gate, weight, bias, 0, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
     else:
         mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         if NORM == "layer":
@@ -215,7 +215,7 @@ def norm_kernel(
             mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
             u, gate = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
             y = (u - mean) * scale
-            store_normed(out_rows, scale_rows, y, gate, weight, bias, start, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
+            store_tile(out_rows, scale_rows, y, gate, weight, bias, start, row_ok, mask, dtype, GROUP_SIZE, BLOCK_COLS)
 
 
 def _row_dims(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:

@@ -54,9 +54,9 @@ def load_token(
 def delta_step(S, q, k, v, g, beta, scale):
     """One token: the new state and the output. S is [.., rows, K]; v [.., rows], q and k [.., K], g and beta [..].
 
-    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). The order of the sums
-    is fixed, kernels are launched without fused products, and the fused ones are spelled out: so a token has the same
-    bits in whichever kernel it runs.
+    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Sums have a fixed
+    order, kernels are launched without fused products, and the fused ones are spelled out: so a token has the same bits
+    in whichever kernel it runs.
     """
     axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)

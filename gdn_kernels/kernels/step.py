@@ -1,16 +1,17 @@
-"""``decode_step`` on a GPU: conv update, gate, l2norm, recurrence and gated norm of one token a sequence, in one kernel.
+"""``decode_step`` on a GPU: conv update, gate, l2norm, recurrence and gated norm of one token a sequence, one kernel.
 
     q | k | v = act(conv(window | x)), rounded to the dtype of x;   q, k <- q / |q|, k / |k|
     S <- exp(g) S;   S <- S + beta (v - S k) k^T;   o = scale S q, rounded to the dtype of x;   y = norm(o) * w * act(z)
 
 and the same with the e4m3 store of the norm. mixed_qkv ``[N, D]``, conv_state ``[S, D, W - 1]`` of any strides, state
 ``[S, HV, V, K]``, z and out ``[N, HV, V]``. Bit for bit causal_conv1d_update, packed_decode and layer_norm_gated in
-sequence: the formulas are theirs, no product is fused that theirs does not fuse, and every sum is taken over a tile
-whose rows lie across the lanes of one warp as theirs do (GROUPS rows of K at 16 bytes a thread fill all warps once).
+sequence: the formulas are theirs, sums have one order everywhere (``row_sum``), and no product is fused that theirs do
+not fuse.
 
-One program takes a sequence and a key head with all its value heads: conv windows are shifted in place, so whoever reads
-the channels of q and k has to be the one who writes them. Each channel is convolved once and handed to all warps through
-``mixed``, a tensor of the call. Leaves out fp64, which the reference covers.
+One program takes a sequence and a key head with all its value heads: conv windows are shifted in place, so who reads
+the channels of q and k has to be the one who writes them. Each channel is convolved once and handed to all warps by
+``mixed``, a tensor of the call: left to registers, the compiler has each warp convolve what it needs. Leaves out fp64,
+which the reference covers.
 """
 
 import torch
@@ -19,14 +20,14 @@ import triton.language as tl
 
 from gdn_kernels import launch
 from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, silu, stride_unit, wait_for_inputs
-from gdn_kernels.kernels.norm import gated, store_normed
+from gdn_kernels.kernels.norm import gated, store_tile
 from gdn_kernels.kernels.recurrent import L2NORM_EPS, delta_step
 
 
 @triton.jit
-def _rows_of(hv, first, P: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """Offsets ``[GROUPS, P, K]`` of GROUPS * P rows of value head hv's state from ``first`` on; the row ``[GROUPS, P]``."""
-    rows = first + tl.arange(0, GROUPS)[:, None] * P + tl.arange(0, P)[None, :]
+def _rows_of(hv, P: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
+    """Offsets ``[GROUPS, P, K]`` of GROUPS * P rows of value head hv's state, and the rows ``[GROUPS, P]``."""
+    rows = tl.arange(0, GROUPS)[:, None] * P + tl.arange(0, P)[None, :]
     return ((hv * V + rows) * K)[:, :, None] + tl.arange(0, K)[None, None, :], rows
 
 
@@ -93,7 +94,7 @@ def decode_step_kernel(
     d = tl.where(c < 2 * K, tl.where(c < K, h * K, H * K + h * K - K), 2 * H * K + h * R * V - 2 * K) + c
     is_channel = c < 2 * K + R * V
     columns = tl.arange(0, K)[None, :] + tl.zeros([GROUPS, K], tl.int32)
-    inner, rows = _rows_of(h * R, 0, P, GROUPS, K, V)
+    inner, rows = _rows_of(h * R, P, GROUPS, K, V)
 
     wait_for_inputs(PDL)
     slot = tl.load(state_indices_ptr + n).to(tl.int64)
@@ -168,13 +169,15 @@ def decode_step_kernel(
             o = tl.reshape(all_o, [V])
         u = tl.where((heads == i)[:, None], o.to(dtype).to(tl.float32)[None, :], u)
 
-    u = tl.where(valid, u, 0.0)
+    # No bit of u changes; but tied to z it is laid out as z was loaded, so that its sums stay within a warp.
+    nothing = (z.to(tl.uint32, bitcast=True) >> 31) >> 1
+    u = (tl.where(valid, u, 0.0).to(tl.uint32, bitcast=True) | nothing).to(tl.float32, bitcast=True)
     u, act = gated(u, z, NORM_ACTIVATION, NORM_BEFORE_GATE)
     y = u * inv_l2norm(row_sum(u * u) * (1.0 / V), eps)[:, None]
     row = (n * HV + h * R + heads)[:, None]
     out_rows = out_ptr + row * V
     scale_rows = scales_ptr + row * (V // 128) if scales_ptr is not None else None
-    store_normed(out_rows, scale_rows, y, act, norm_weight_ptr, None, 0, heads < R, head_ok, dtype, V, V)
+    store_tile(out_rows, scale_rows, y, act, norm_weight_ptr, None, 0, heads < R, head_ok, dtype, V, V)
 
 
 def _launch(
@@ -209,7 +212,8 @@ def _launch(
     config = launch.config("decode_step", K, V, target)
     lanes = 64 if target.backend == "hip" else 32
     threads = lanes * config.num_warps
-    # Rows of K that all threads hold at 16 bytes each, and rows of V likewise: so a row lies in one warp.
+    # Rows of K that all threads hold at 16 bytes each, and rows of V likewise: a row lies in one warp (fp32 rows of 256
+    # in two), and q, k and z in the same registers as the rows they meet.
     groups = min(config.block_v, max(1, threads * 16 // (K * state.element_size())))
     norm_rows = max(triton.next_power_of_2(HV // H), threads * 16 // (V * mixed_qkv.element_size()))
     # a dimension of size 1 says nothing about alignment

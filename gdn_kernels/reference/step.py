@@ -141,4 +141,3 @@ def decode_step_fp8(
         activation=norm_activation,
         quant_group_size=quant_group_size,
     )
-
