@@ -13,7 +13,7 @@ import torch
 
 from gdn_kernels.launch import ModelShapes
 from gdn_kernels.ops import OPERATORS
-from gdn_kernels.reference import chunk, conv, decode, gating, norm, recurrent, split
+from gdn_kernels.reference import chunk, conv, decode, gating, norm, recurrent, split, step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -40,7 +40,7 @@ CHUNK_BUDGETS = dict.fromkeys(BUDGETS, 1e-2) if ON_GPU else BUDGETS
 
 REFERENCES = {
     name: getattr(module, name)
-    for module in (chunk, conv, decode, gating, norm, recurrent, split)
+    for module in (chunk, conv, decode, gating, norm, recurrent, split, step)
     for name in OPERATORS
     if hasattr(module, name)
 }

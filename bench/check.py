@@ -29,6 +29,7 @@ import bench_norm
 import bench_recurrent
 import bench_split
 import bench_split_point
+import bench_step
 import cases
 import timing
 
@@ -46,6 +47,7 @@ BENCHES = (
     bench_recurrent,
     bench_decode,
     bench_split_point,
+    bench_step,
 )
 
 # Kernel -> configurations to time, cases to time them on. The cases of a kernel share their binaries.
@@ -61,6 +63,17 @@ SCANS = {
     "recurrent": (
         [launch.RecurrentConfig(*each) for each in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8))],
         ("qwen3-next-tp1-decode-n1", "qwen3-next-tp1-decode-n64", "qwen3-next-tp1-decode-n128-bfloat16-state"),
+    ),
+    "decode_step": (
+        [
+            launch.StepConfig(*each)
+            for each in (
+                *itertools.product((128,), (1, 2), (8, 16)),
+                *itertools.product((64,), (1,), (4, 8, 16)),
+                (32, 1, 4),
+            )
+        ],
+        tuple(f"qwen3-next-tp1-step-n{rows}{kind}" for rows in (1, 8, 32, 128) for kind in ("", "-bfloat16-state")),
     ),
 }
 

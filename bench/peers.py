@@ -68,3 +68,17 @@ CONV_UPDATE: dict[tuple[int, int], dict[str, float]] = {
     (8192, 128): {"sglang": 6.7},
     (8192, 256): {"sglang": 11.1},
 }
+
+# H, HV, rows, state dtype -> conv update, packed decode and gated norm of one token a row, three kernels in one chain.
+STEP: dict[tuple[int, int, int, str], dict[str, float]] = {
+    (16, 32, 1, "bfloat16"): {"sglang_3_kernels": 7.5},
+    (16, 32, 1, "float32"): {"sglang_3_kernels": 9.2},
+    (16, 32, 8, "bfloat16"): {"sglang_3_kernels": 10.7},
+    (16, 32, 8, "float32"): {"sglang_3_kernels": 14.5},
+    (16, 32, 32, "bfloat16"): {"sglang_3_kernels": 27.1},
+    (16, 32, 32, "float32"): {"sglang_3_kernels": 57.2},
+    (16, 32, 128, "bfloat16"): {"sglang_3_kernels": 111.6},
+    (16, 32, 128, "float32"): {"sglang_3_kernels": 202.9},
+    (16, 32, 256, "bfloat16"): {"sglang_3_kernels": 214.2},
+    (16, 32, 256, "float32"): {"sglang_3_kernels": 396.0},
+}

@@ -346,6 +346,45 @@ class OperatorChecks:
             (pool, self.pool64(self.row_states64[:: self.STEPS], nonempty_only=False)),
         ]
 
+    def step(self, operator: Callable[..., Any]) -> tuple[Any, torch.Tensor, Pairs]:
+        """What ``operator`` returned for each row's first token, what it should be, and the pools with theirs."""
+        first, conv_pool, pool = slice(0, self.rows, self.STEPS), self.conv_pool.clone(), self.pool.clone()
+        found = operator(
+            self.mixed[first],
+            self.a[first],
+            self.b[first],
+            self.z[first],
+            self.weight,
+            None,
+            conv_pool,
+            self.A_log,
+            self.dt_bias,
+            pool,
+            self.norm_weight,
+            self.slots,
+            num_k_heads=self.shape.num_k_heads,
+            norm_before_gate=True,
+        )
+        y64, windows = self.conv_rows64()
+        conv64, pool64, o64 = wide(self.conv_pool), wide(self.pool), []
+        conv64[list(self.SLOTS)] = windows[:, 0]
+        for n, slot in enumerate(self.SLOTS):
+            at = slice(n * self.STEPS, n * self.STEPS + 1)
+            o, kept = self.delta(y64[n, :1], at, pool64[slot])
+            o64.append(o[0])
+            pool64[slot] = kept[-1]
+        normed = fp64_norm(torch.stack(o64), wide(self.norm_weight), None, rms=True)
+        return found, normed * F.silu(wide(self.z[first])), [(conv_pool, conv64), (pool, pool64)]
+
+    def decode_step(self) -> Pairs:
+        y, expected, pools = self.step(torch.ops.gdn.decode_step)
+        return [(y, expected), *pools]
+
+    def decode_step_fp8(self) -> Pairs:
+        (values, scales), expected, pools = self.step(torch.ops.gdn.decode_step_fp8)
+        y = (wide(values).view(*scales.shape, 128) * wide(scales)[..., None]).view(expected.shape)
+        return [(y, expected), (scales, expected.view(*scales.shape, 128).abs().amax(-1) / 448), *pools]
+
     def linear_attention_with_output(self) -> Pairs:
         state = graphs.LayerState(
             num_k_heads=self.shape.num_k_heads,
@@ -374,7 +413,7 @@ class OperatorChecks:
         """The relative error that rounding explains."""
         if operator == "split_qkvz_ba":
             return 0.0  # moves values, computes nothing
-        if operator == "layer_norm_gated_fp8":
+        if operator.endswith("_fp8"):
             return 16 / 448 + 2.0**-8  # half the spacing of e4m3 at 448, to which the largest of a group is scaled
         if self.dtype is torch.float32:
             return 5e-6  # fp32 sums of up to 128 products, over up to 86 dependent steps
@@ -382,4 +421,6 @@ class OperatorChecks:
             return 1e-5  # bf16 in, fp32 out
         if operator.startswith(("chunk", "linear_attention")):
             return 2e-2  # operands of matrix products rounded to 16 bits
+        if operator == "decode_step":
+            return 3 * 2.0**-8  # the outputs of conv, recurrence and norm are rounded to bf16
         return 2.0**-8  # one rounding of the output to bf16

@@ -27,6 +27,8 @@ CONV_WIDTHS = (2, 3, 4)
 MAX_NORM_GROUP = launch.NORM_LADDER[-1][0]
 CHUNK = 64
 QUANT_GROUP = 128
+# Value heads of a key head that decode_step holds in one program.
+MAX_STEP_RATIO = 8
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _INDICES = (torch.int32, torch.int64)
@@ -149,6 +151,13 @@ def _has_fp8(name: str, device: torch.device) -> None:
         raise RuntimeError(f"{name} must run on an architecture with e4m3, got {target.backend} {target.arch}")
 
 
+def _quant_group_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"quant_group_size must be at least 1, got {size}")
+    if size != QUANT_GROUP:
+        raise NotImplementedError(f"quant_group_size must be {QUANT_GROUP}, got {size}")
+
+
 def gradients(name: str, tensors: tuple[Any, ...]) -> None:
     """An operator without a backward must not swallow a gradient silently."""
     if not torch.is_grad_enabled():
@@ -229,10 +238,7 @@ def layer_norm_gated_fp8(
 ) -> None:
     layer_norm_gated(x, weight, bias, z, group_size=group_size, **options)
     _rank("x", x, "[T, HV, V] or [M, D]", 2, 3)
-    if quant_group_size < 1:
-        raise ValueError(f"quant_group_size must be at least 1, got {quant_group_size}")
-    if quant_group_size != QUANT_GROUP:
-        raise NotImplementedError(f"quant_group_size must be {QUANT_GROUP}, got {quant_group_size}")
+    _quant_group_size(quant_group_size)
     columns = x.shape[-1] if group_size is None else group_size
     if columns % QUANT_GROUP != 0:
         name = "the last dimension of x" if group_size is None else "group_size"
@@ -747,6 +753,75 @@ def packed_decode(
     _last_dim_contiguous(mixed_qkv=mixed_qkv, a=a, b=b)
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id)
+
+
+def decode_step(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    z: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    state_indices: torch.Tensor,
+    *,
+    num_k_heads: int,
+    norm_before_gate: bool,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    eps: float = 1e-6,
+    conv_activation: str | None = "silu",
+    norm_activation: str = "silu",
+    pad_slot_id: int = -1,
+) -> None:
+    packed_decode(
+        mixed_qkv, a, b, A_log, dt_bias, state, state_indices, num_k_heads=num_k_heads, pad_slot_id=pad_slot_id
+    )
+    rows, channels = mixed_qkv.shape
+    num_v_heads, head_v_dim = state.shape[1:3]
+    _dtype("conv_weight", conv_weight, _FLOATS)
+    _rank("conv_weight", conv_weight, "[D, W]", 2)
+    width = conv_weight.shape[1]
+    if width not in CONV_WIDTHS:
+        raise NotImplementedError(f"conv_weight must have a width W of 2 to 4, got {width}")
+    _shape("conv_weight", conv_weight, channels, width)
+    if conv_bias is not None:
+        _dtype("conv_bias", conv_bias, _FLOATS)
+        _shape("conv_bias", conv_bias, channels)
+    _dtype("conv_state", conv_state, _FLOATS)
+    # the slots of the one are those of the other
+    _shape("conv_state", conv_state, state.shape[0], channels, width - 1)
+    _same_dtype("z", z, "mixed_qkv", mixed_qkv)
+    _shape("z", z, rows, num_v_heads, head_v_dim)
+    _dtype("norm_weight", norm_weight, _FLOATS)
+    _shape("norm_weight", norm_weight, head_v_dim)
+    _same_device(
+        mixed_qkv, z=z, conv_weight=conv_weight, conv_bias=conv_bias, conv_state=conv_state, norm_weight=norm_weight
+    )
+    _last_dim_contiguous(z=z, conv_bias=conv_bias, norm_weight=norm_weight)
+    if num_v_heads // num_k_heads > MAX_STEP_RATIO:
+        raise NotImplementedError(
+            f"state must have at most {MAX_STEP_RATIO} value heads for each key head, got {num_v_heads // num_k_heads}"
+        )
+    _one_of("conv_activation", conv_activation, CONV_ACTIVATIONS)
+    _one_of("norm_activation", norm_activation, ACTIVATIONS)
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def decode_step_fp8(*args: torch.Tensor | None, quant_group_size: int = QUANT_GROUP, **options: Any) -> None:
+    decode_step(*args, **options)
+    _quant_group_size(quant_group_size)
+    z = args[3]
+    if z.shape[2] % QUANT_GROUP != 0:
+        raise NotImplementedError(
+            f"the last dimension of z must be a multiple of quant_group_size, {QUANT_GROUP}, got {z.shape[2]}"
+        )
+    _has_fp8("decode_step_fp8", z.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------

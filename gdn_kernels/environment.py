@@ -13,8 +13,8 @@ import gdn_kernels.replay
 
 #: The split point has no kernel of its own: it calls conv and delta-rule operators.
 SPLIT_POINT = "linear_attention_with_output"
-#: Writes e4m3, which not every GPU has.
-FP8_NORM = "layer_norm_gated_fp8"
+#: How the names of operators end that write e4m3, which not every GPU has.
+FP8 = "_fp8"
 
 
 def operator_names() -> list[str]:
@@ -89,7 +89,7 @@ def implementation(operator: str, device: torch.device) -> dict[str, str]:
         return {"implementation": "none", "why": "GPU tensors need Triton, which is not installed"}
     else:
         target = gdn_kernels.launch.target(device)
-        if operator == FP8_NORM and not gdn_kernels.launch.has_fp8(target):
+        if operator.endswith(FP8) and not gdn_kernels.launch.has_fp8(target):
             return {"implementation": "none", "why": f"{target.backend} {target.arch} has no e4m3"}
         why = f"GPU tensors use the Triton kernel, built for {target.backend} {target.arch}"
         if operator != SPLIT_POINT:

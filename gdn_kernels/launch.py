@@ -183,6 +183,17 @@ class RecurrentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """Decode step: a sequence and a key head a program, which holds ``block_v`` rows of a value head's ``[V, K]`` state
+    at a time. Where that is all of them, ``ahead`` value heads are loaded before the first is worked on."""
+
+    block_v: int
+    ahead: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class PrepConfig:
     """Chunk preparation: one chunk and value head a program."""
 
@@ -252,6 +263,27 @@ def recurrent_config(head_k_dim: int) -> RecurrentConfig:
         if head_k_dim <= limit:
             return config
     raise NotImplementedError(f"head_k_dim must be at most {RECURRENT_LADDER[-1][0]}, got {head_k_dim}")
+
+
+# Elements K * V of a head's state -> configuration: 64 elements of state a thread in flight, what fits 128 registers
+# with 16 warps. Compiled for sm_90, not yet searched on a GPU.
+STEP_LADDER = (
+    (64 * 64, StepConfig(block_v=64, ahead=4, num_warps=8)),
+    (64 * 128, StepConfig(block_v=128, ahead=2, num_warps=8)),
+    (128 * 128, StepConfig(block_v=256, ahead=2, num_warps=16)),
+    (128 * 256, StepConfig(block_v=256, ahead=1, num_warps=16)),
+    (256 * 256, StepConfig(block_v=128, ahead=1, num_warps=16)),
+)
+
+
+def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
+    """The decode step's rung for head sizes K and V."""
+    config = next((config for limit, config in STEP_LADDER if head_k_dim * head_v_dim <= limit), None)
+    if config is None:
+        raise NotImplementedError(f"head sizes must be at most 256, got {head_k_dim} and {head_v_dim}")
+    # where warps have 64 lanes, half of them are as many threads
+    num_warps = config.num_warps // (2 if target.backend == "hip" else 1)
+    return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim), num_warps=num_warps)
 
 
 # Architecture -> warps of the chunk preparation. H100, 2026-11-23, whole prefill in us, heads 2/8 1x8192, 8/32 8x1024,
@@ -330,6 +362,7 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "causal_conv1d": lambda: CONV_CONFIG,
     "causal_conv1d_update": lambda: CONV_UPDATE_CONFIG,
     "recurrent": recurrent_config,
+    "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
 }

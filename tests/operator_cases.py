@@ -360,9 +360,50 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
     return calls
 
 
+def step_calls(m: Inputs) -> list[Call]:
+    def call(
+        name: str, rows: int = 4, width: int = W, last: str = "channel", bias: bool = False, **options: Any
+    ) -> Call:
+        """The second of the rows is padding, and NaN."""
+        mixed, gates, z = m.columns(rows, D), m.columns(rows, 2 * HV), m.columns(rows, HV, V)
+        mixed[1:2], gates[1:2] = torch.nan, torch.nan
+        conv_state = m.normal(6, width - 1, D).transpose(1, 2) if last == "channel" else m.normal(6, D, width - 1)
+        kind = options.pop("state_dtype", torch.float32)
+        operator = options.pop("operator", "decode_step")
+        index = options.pop("state_indices", None)
+        args = (
+            mixed,
+            gates[:, :HV],
+            gates[:, HV:],
+            z,
+            m.normal(D, width),
+            m.normal(D) if bias else None,
+            conv_state,
+            *m.gate_parameters().values(),
+            m.pool(6, kind),
+            m.normal(V),
+            m.indices([3, -1, 0, 5][:rows]) if index is None else index,
+        )
+        return Call(operator, name, args, {"num_k_heads": H, "norm_before_gate": True, **options})
+
+    null_slot = {"state_indices": m.indices([1, 0, 4, 2], torch.int64), "pad_slot_id": 0}
+    return [
+        call("slots"),
+        call("bias-time-last-16-bit-pool-null-slot", last="time", bias=True, state_dtype=m.dtype, **null_slot),
+        call("gate-first-sigmoid-no-conv-activation", norm_before_gate=False, norm_activation="sigmoid", width=2,
+             conv_activation=None),
+        call("no-l2norm-scale-eps", use_qk_l2norm=False, scale=0.01, eps=1e-2, width=3),
+        call("empty", rows=0),
+        call("slots", operator="decode_step_fp8"),
+        call("gate-first-16-bit-pool-null-slot", operator="decode_step_fp8", norm_before_gate=False, bias=True,
+             state_dtype=m.dtype, quant_group_size=128, **null_slot),
+        call("empty", rows=0, operator="decode_step_fp8"),
+    ]  # fmt: skip
+
+
 def all_calls(m: Inputs, chunked: bool = True) -> list[Call]:
     """Every operator's calls on inputs of ``m``."""
-    return [*norm_calls(m), *gating_calls(m), *split_calls(m), *conv_calls(m), *delta_calls(m, chunked)]
+    return [*norm_calls(m), *gating_calls(m), *split_calls(m), *conv_calls(m), *delta_calls(m, chunked), *step_calls(m)]
 
 
 def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Call]:

@@ -89,6 +89,9 @@ def check_against_fp64(name, device, dtype):
         assert result.shape == expected.shape
         if result.dtype is torch.float8_e4m3fn:
             budget, expected = E4M3_ROUNDING, expected.double()
+        elif "decode_step" in name:
+            # the outputs of conv, recurrence and norm are rounded to the activations' dtype
+            budget = 3 * ROUNDING[dtype]
         elif "fp8" in name:
             # the scales are of values rounded to the activations' dtype
             budget = ROUNDING[dtype]

@@ -332,6 +332,33 @@ def _(m: Make, N: int) -> Call:
     return Call("packed_decode", "", args, {"num_k_heads": m.sizes.H})
 
 
+def _step(m: Make, N: int, operator: str, V: int) -> Call:
+    m = Make(dataclasses.replace(m.sizes, V=V), m.device, m.dtype, m.random.randrange(1 << 30))
+    s = m.sizes
+    args = (
+        m.columns(N, s.D),
+        *m.raw(N),
+        m.columns(N, s.HV, s.V),
+        *m.conv_parameters(),
+        m.conv_pool(s.W - 1),
+        *m.gate_parameters().values(),
+        m.pool(dtype=m.dtype),
+        m.normal(s.V),
+        m.slots(N),
+    )
+    return Call(operator, "", args, {"num_k_heads": s.H, "norm_before_gate": True})
+
+
+@case("decode_step", "rows")
+def _(m: Make, N: int) -> Call:
+    return _step(m, N, "decode_step", m.sizes.V)
+
+
+@case("decode_step_fp8", "rows")
+def _(m: Make, N: int) -> Call:
+    return _step(m, N, "decode_step_fp8", 128)
+
+
 def make(
     name: str, count: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0, sizes: Sizes = CPU
 ) -> Call:

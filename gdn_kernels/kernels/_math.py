@@ -89,6 +89,27 @@ def inv_l2norm(sum_of_squares, eps):
 
 
 @triton.jit
+def row_sum(x):
+    """Sum over the last dimension, a power of two up to 256: neighbours in pairs, then neighbouring sums, and so on.
+
+    tl.sum adds in the order that the tile's layout gives; this order is the same in every kernel, for as many shuffles.
+    """
+    axis: tl.constexpr = len(x.shape) - 1
+    size: tl.constexpr = x.shape[axis]
+    pairs = x
+    for level in tl.static_range(8):
+        if size >> level > 1:
+            pairs = tl.sum(tl.reshape(pairs, [pairs.numel // 2, 2]), axis=1)
+    if axis == 0:
+        total = tl.sum(pairs, axis=0)  # of one
+    elif axis == 1:
+        total = pairs
+    else:
+        total = tl.reshape(pairs, [x.shape[0], x.shape[1]])
+    return total
+
+
+@triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """In a kernel that may be launched before its predecessor has ended (programmatic dependent launch), before the
     first access to memory: wait for that end, and let the successor be launched in turn."""

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import inv_l2norm, sigmoid, silu, stride_unit, wait_for_inputs
+from gdn_kernels.kernels._math import inv_l2norm, row_sum, sigmoid, silu, stride_unit, wait_for_inputs
 
 # Columns that share a scale.
 QUANT_GROUP = tl.constexpr(128)
@@ -52,23 +52,31 @@ def _load(x_rows, z_rows, cols, mask, activation: tl.constexpr, norm_before_gate
     gate = 1.0
     if z_rows is not None:
         z = tl.load(z_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        act = sigmoid(z) if activation == "sigmoid" else silu(z)
-        if norm_before_gate:
-            gate = act
-        else:
-            u = u * act
+        u, gate = gated(u, z, activation, norm_before_gate)
     return u, gate
 
 
 @triton.jit
-def _parameter(ptr, cols, mask):
+def gated(u, z, activation: tl.constexpr, norm_before_gate: tl.constexpr):
+    """What the norm is taken of, and the gate still to apply."""
+    act = sigmoid(z) if activation == "sigmoid" else silu(z)
+    if norm_before_gate:
+        gate = act
+    else:
+        u = u * act
+        gate = 1.0
+    return u, gate
+
+
+@triton.jit
+def parameter(ptr, cols, mask):
     """Weight or bias of the columns, fp32. Loaded as a tile, by each thread in the layout of its columns: one row of
     them would reach the threads through shared memory and a barrier."""
     return tl.load(ptr + cols[None, :] + tl.zeros(mask.shape, tl.int32), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _scaled(y, w, b, gate, dtype: tl.constexpr):
+def scaled(y, w, b, gate, dtype: tl.constexpr):
     """(y * w + b) * gate, rounded to ``dtype``."""
     if w is not None:
         y = y * w
@@ -78,7 +86,7 @@ def _scaled(y, w, b, gate, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store(out_rows, scale_rows, y, start, row_ok, mask, group_size: tl.constexpr, tile: tl.constexpr):
+def store_tile(out_rows, scale_rows, y, start, row_ok, mask, group_size: tl.constexpr, tile: tl.constexpr):
     """The tile ``y`` at column ``start``, as it is or quantised."""
     if scale_rows is None:
         tl.store(out_rows + (start + tl.arange(0, tile))[None, :], y, mask=mask)
@@ -195,13 +203,15 @@ def norm_kernel(
         # The tile stays in registers from the statistics to the store.
         mask = _mask(row_ok, tile, GROUP_SIZE, BLOCK_COLS)
         u, gate = _load(x_rows, z_rows, tile, mask, ACTIVATION, NORM_BEFORE_GATE)
-        w = _parameter(weight, tile, mask) if weight is not None else None
-        b = _parameter(bias, tile, mask) if bias is not None else None
+        w = parameter(weight, tile, mask) if weight is not None else None
+        b = parameter(bias, tile, mask) if bias is not None else None
         if NORM == "layer":
             u = tl.where(mask, u - (tl.sum(u, axis=1) * SHARE)[:, None], 0.0)
-        scale = inv_l2norm(tl.sum(u * u, axis=1) * SHARE, eps)[:, None]
-        y = _scaled(u * scale, w, b, gate, dtype)
-        _store(out_rows, scale_rows, y, 0, row_ok, mask, GROUP_SIZE, BLOCK_COLS)
+        # a head's row is added up as in the decode step
+        squares = row_sum(u * u) if BLOCK_COLS <= 256 else tl.sum(u * u, axis=1)
+        scale = inv_l2norm(squares * SHARE, eps)[:, None]
+        y = scaled(u * scale, w, b, gate, dtype)
+        store_tile(out_rows, scale_rows, y, 0, row_ok, mask, GROUP_SIZE, BLOCK_COLS)
     else:
         mean = tl.zeros([BLOCK_ROWS, 1], tl.float32)
         if NORM == "layer":
@@ -224,10 +234,10 @@ def norm_kernel(
             cols = start + tile
             mask = _mask(row_ok, cols, GROUP_SIZE, BLOCK_COLS)
             u, gate = _load(x_rows, z_rows, cols, mask, ACTIVATION, NORM_BEFORE_GATE)
-            w = _parameter(weight, cols, mask) if weight is not None else None
-            b = _parameter(bias, cols, mask) if bias is not None else None
-            y = _scaled((u - mean) * scale, w, b, gate, dtype)
-            _store(out_rows, scale_rows, y, start, row_ok, mask, GROUP_SIZE, BLOCK_COLS)
+            w = parameter(weight, cols, mask) if weight is not None else None
+            b = parameter(bias, cols, mask) if bias is not None else None
+            y = scaled((u - mean) * scale, w, b, gate, dtype)
+            store_tile(out_rows, scale_rows, y, start, row_ok, mask, GROUP_SIZE, BLOCK_COLS)
 
 
 def _row_dims(tensors: list[torch.Tensor]) -> list[tuple[int, ...]]:

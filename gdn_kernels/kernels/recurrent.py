@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, wait_for_inputs
 
 L2NORM_EPS = tl.constexpr(1e-6)
 
@@ -40,8 +40,8 @@ def prepare_token(q, k, v, g, beta, A_log, dt_bias, beta_scale, IS_RAW_GATE: tl.
     g = g.to(tl.float32)
     beta = beta.to(tl.float32)
     if USE_QK_L2NORM:
-        q = q * inv_l2norm(tl.sum(q * q, axis=0), L2NORM_EPS)
-        k = k * inv_l2norm(tl.sum(k * k, axis=0), L2NORM_EPS)
+        q = q * inv_l2norm(row_sum(q * q), L2NORM_EPS)
+        k = k * inv_l2norm(row_sum(k * k), L2NORM_EPS)
     if IS_RAW_GATE:
         g = gate(g, A_log, dt_bias)
         beta = beta_scale * sigmoid(beta)
@@ -64,23 +64,25 @@ def row_dot(x, y):
     x10, x11 = _pairs(x1)
     y00, y01 = _pairs(y0)
     y10, y11 = _pairs(y1)
-    return tl.sum(tl.fma(x11, y11, tl.fma(x01, y01, tl.fma(x10, y10, x00 * y00))), axis=len(x.shape) - 1)
+    return row_sum(tl.fma(x11, y11, tl.fma(x01, y01, tl.fma(x10, y10, x00 * y00))))
 
 
 @triton.jit
 def delta_step(S, q, k, v, g, beta, scale):
-    """One token: the new state and the output. S is [.., K]; q and k lack its first dimension, v its last.
+    """One token: the new state and the output. S is [.., rows, K]; v [.., rows], q and k [.., K], g and beta [..].
 
-    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Kernels are
-    launched without fused products, and the fused ones are spelled out: so decode has the same bits in whichever kernel
-    it runs.
+    Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Sums have a fixed
+    order, kernels are launched without fused products, and the fused ones are spelled out: so a token has the same bits
+    in whichever kernel it runs.
     """
     axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)
-    k_row = tl.expand_dims(k, 0)
+    k_row = tl.expand_dims(k, axis - 1)
     kS = row_dot(S, k_row)
-    qS = row_dot(S, tl.expand_dims(q, 0))
-    qk = tl.sum(q * k, axis=axis - 1)
+    qS = row_dot(S, tl.expand_dims(q, axis - 1))
+    qk = row_sum(q * k)
+    if axis > 1:
+        qk = tl.expand_dims(qk, axis - 1)
     delta = beta * tl.fma(-decay, kS, v)
     S = tl.fma(tl.expand_dims(delta, axis), k_row, decay * S)
     return S, scale * tl.fma(qk, delta, decay * qS)

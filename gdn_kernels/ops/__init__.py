@@ -16,6 +16,7 @@ from gdn_kernels.ops.recurrent import (
 )
 from gdn_kernels.ops.registry import OPERATORS
 from gdn_kernels.ops.split import split_qkvz_ba
+from gdn_kernels.ops.step import decode_step, decode_step_fp8
 
 __all__ = [
     "OPERATORS",
@@ -25,6 +26,8 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_gated_delta_rule_paged",
     "chunk_gated_delta_rule_paged_checkpoints",
+    "decode_step",
+    "decode_step_fp8",
     "gating",
     "l2norm",
     "layer_norm_gated",

@@ -1,0 +1,42 @@
+"""Compile cases of the decode step: value heads a key head, head sizes, dtypes, conv layouts, the e4m3 variant."""
+
+from __future__ import annotations
+
+import itertools
+
+import step_cases
+import torch
+from compile_cases import SPILL_BUDGET, case, sweep
+
+from gdn_kernels.kernels import step
+
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def run(fp8: bool = False, **options) -> None:
+    step_cases.make(**{"dtype": torch.bfloat16, "K": 128, "V": 128, **options}).run(step, fp8)
+
+
+@sweep("decode-step")
+def decode_step(N: int) -> None:
+    run(H=1, HV=2, rows=N)
+
+
+for state_dtype, ratio in itertools.product(SHORT, (1, 2, 3, 4)):
+    case(f"decode-step-r{ratio}-{SHORT[state_dtype]}")(
+        lambda ratio=ratio, state_dtype=state_dtype: run(HV=2 * ratio, state_dtype=state_dtype)
+    )
+SIZES = ((64, 64), (64, 128), (128, 64), (128, 256), (256, 128), (256, 256))
+for state_dtype, (K, V) in itertools.product(SHORT, SIZES):
+    case(f"decode-step-{SHORT[state_dtype]}-{K}x{V}")(
+        lambda K=K, V=V, state_dtype=state_dtype: run(K=K, V=V, state_dtype=state_dtype)
+    )
+case("decode-step-fp8", fp8=True)(lambda: run(fp8=True))
+case("decode-step-time-last-gate-first")(lambda: run(layout="time", norm_before_gate=False, bias=True))
+
+# Three registers, on sm_80 alone.
+SPILL_BUDGET["decode-step-r4-fp32", "*"] = 16
+# A head of 128 x 256 or more is 64 elements of state a thread of 16 warps, and the rest does not all fit 128 registers.
+for name in ("128x256", "256x128", "256x256"):
+    for kind in SHORT.values():
+        SPILL_BUDGET[f"decode-step-{kind}-{name}", "*"] = 32
