@@ -231,7 +231,7 @@ SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
 # 2 warps: within one, a gather becomes shuffles of every register. First settings, not yet searched on a GPU.
 CONV_CONFIG = ConvConfig(block_t=16, block_d=512, num_warps=4)
 
-# Four channels a thread take 32 registers for one new token, so that an SM holds all the warps it can. At least 2 warps,
+# Four channels a thread take 32 registers for one new token, so that an SM holds all its warps. At least 2 warps,
 # as above. First settings, not yet searched on a GPU.
 CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=512, num_warps=4)
 
