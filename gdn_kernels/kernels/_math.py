@@ -14,6 +14,7 @@ import triton.language as tl
 SOFTPLUS_THRESHOLD = tl.constexpr(20.0)
 # Up to it log1p is a series; above, log(1 + y) is at least 0.4, where the hardware log has full relative accuracy.
 LOG1P_SERIES_LIMIT = tl.constexpr(0.5)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,7 +42,8 @@ def sigmoid(x):
 @triton.jit
 def silu(x):
     """x * sigmoid(x), as one division."""
-    return x / (1.0 + tl.exp(-x))
+    # exp2 flushes what is too small to change 1: the bits of 1 + exp(-x), in four instructions fewer.
+    return x / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
