@@ -165,11 +165,15 @@ class RowsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig:
-    """Causal conv: a run of ``block_t`` tokens (at most 32) of ``block_d`` channels a program."""
+    """Causal conv: a run of ``block_t`` tokens (at most 32) of ``block_d`` channels a program, ``group`` at a time.
+
+    At least 2 warps where windows have their columns side by side: within one, a gather becomes shuffles of registers.
+    """
 
     block_t: int
     block_d: int
     num_warps: int
+    group: int = 8
     num_stages: int = 1
 
 
@@ -227,12 +231,12 @@ def norm_config(group_size: int) -> NormConfig:
 GATING_CONFIG = RowsConfig(block_rows=32, num_warps=4)
 SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
 
-# Runs of tokens of a block of channels: four channels a thread (8 bytes of bf16) leave registers for 20 warps. At least
-# 2 warps: within one, a gather becomes shuffles of every register. First settings, not yet searched on a GPU.
-CONV_CONFIG = ConvConfig(block_t=16, block_d=512, num_warps=4)
+# Four channels a thread (8 bytes of bf16) leave registers for 20 warps an SM, whose next 8 columns are 40 KB under way.
+# First settings, not yet searched on a GPU.
+CONV_CONFIG = ConvConfig(block_t=32, block_d=512, num_warps=4, group=8)
 
-# Four channels a thread take 32 registers for one new token, so that an SM holds all its warps. At least 2 warps,
-# as above. First settings, not yet searched on a GPU.
+# Channels a program and warps of the update and the verify kernel. Four channels a thread take 32 registers for one new
+# token, so that an SM holds all its warps. First settings, not yet searched on a GPU.
 CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=512, num_warps=4)
 
 # Head size K -> rows of the state a program; 2,048 state elements in one warp, so that no barrier stands in the chain.

@@ -20,7 +20,7 @@ LENGTHS = (5, 0, 1, 17, 2, 0, 3)
 @pytest.fixture(autouse=True)
 def small_tiles():
     """Tiles smaller than the inputs, so that sequences and channels cross them."""
-    with launch.pinned("causal_conv1d", launch.ConvConfig(block_t=8, block_d=16, num_warps=1)):
+    with launch.pinned("causal_conv1d", launch.ConvConfig(block_t=8, block_d=16, num_warps=1, group=4)):
         with launch.pinned("causal_conv1d_update", launch.ConvConfig(block_t=1, block_d=16, num_warps=1)):
             yield
 

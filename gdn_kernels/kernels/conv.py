@@ -50,6 +50,14 @@ def _bias(bias_ptr, d, d_ok, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _fp32(columns):
+    converted = ()
+    for k in tl.static_range(len(columns)):
+        converted += (columns[k].to(tl.float32),)
+    return converted
+
+
+@triton.jit
 def _output(columns, first: tl.constexpr, taps, bias, W: tl.constexpr, ACTIVATION: tl.constexpr):
     """The output of the token whose W columns are those from ``first`` on, fp32."""
     y = bias
@@ -210,6 +218,7 @@ def _inner(
     D: tl.constexpr,
     W: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -218,11 +227,15 @@ def _inner(
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     d_ok = (d < D) | (D % BLOCK_D == 0)
     first = run * BLOCK_T
-    # Every load of the run is under way before the search for its sequences. Rows outside x serve no output.
-    columns = ()
-    for k in tl.static_range(BLOCK_T + W - 1):
-        row = tl.minimum(tl.maximum(first - (W - 1) + k, 0), T - 1)
-        columns += (tl.load(x_ptr + row.to(tl.int64) * stride_x_t + d, mask=d_ok),)
+    # The first loads are under way before the search for the run's sequences. Rows outside x serve no output.
+    window = ()
+    for k in tl.static_range(1 - W, 0):
+        row = tl.maximum(first + k, 0).to(tl.int64)
+        window += (tl.load(x_ptr + row * stride_x_t + d, mask=d_ok),)
+    ahead = ()
+    for k in tl.static_range(GROUP):
+        row = tl.minimum(first + k, T - 1).to(tl.int64)
+        ahead += (tl.load(x_ptr + row * stride_x_t + d, mask=d_ok),)
     taps = _taps(weight_ptr, d, d_ok, stride_weight_d, stride_weight_w, W, WORDS)
     bias = _bias(bias_ptr, d, d_ok, BLOCK_D)
 
@@ -245,18 +258,28 @@ def _inner(
     if state_indices_ptr is not None:
         slot = tl.load(state_indices_ptr + low, mask=searched, other=-1).to(tl.int64)
         valid = is_slot(slot, num_slots, pad_slot_id)
-    token = t.to(tl.int64)
-    real = searched & valid & (token >= start) & (token < end)
-    inner = real & (token - start >= W - 1)
-    # Real tokens that are not inner belong to an edge. One bit a token, which every thread of the run can read.
+    real = searched & valid & (t >= start) & (t < end)
+    inner = real & (t - start >= W - 1)
+    # One bit a token, which every thread of the run can read. Real tokens that are not inner belong to an edge.
     inner_bits = tl.sum(inner.to(tl.int32) << i, 0)
-    written_bits = tl.sum((in_range & (inner | (real == 0))).to(tl.int32) << i, 0)
+    padding_bits = tl.sum((in_range & (real == 0)).to(tl.int32) << i, 0)
 
     out = out_ptr + first.to(tl.int64) * D + d
-    for k in tl.static_range(BLOCK_T):
-        y = _output(columns, k, taps, bias, W, ACTIVATION)
-        y = tl.where((inner_bits >> k) & 1 != 0, y, 0.0).to(out_ptr.dtype.element_ty)
-        tl.store(out + k * D, y, mask=d_ok & ((written_bits >> k) & 1 != 0))
+    window = _fp32(window)
+    for done in range(0, BLOCK_T, GROUP):
+        columns = window + _fp32(ahead)
+        ahead = ()
+        for k in tl.static_range(GROUP):
+            row = tl.minimum(first + done + GROUP + k, T - 1).to(tl.int64)
+            ahead += (tl.load(x_ptr + row * stride_x_t + d, mask=d_ok & (done + GROUP < BLOCK_T)),)
+        for k in tl.static_range(GROUP):
+            y = _output(columns, k, taps, bias, W, ACTIVATION).to(out_ptr.dtype.element_ty)
+            tl.store(out + (done + k) * D, y, mask=d_ok & ((inner_bits >> (done + k)) & 1 != 0))
+        window = columns[GROUP:]
+    if padding_bits != 0:
+        zeros = tl.zeros([BLOCK_D], out_ptr.dtype.element_ty)
+        for token in range(BLOCK_T):
+            tl.store(out + token * D, zeros, mask=d_ok & ((padding_bits >> token) & 1 != 0))
 
 
 @triton.jit(
@@ -287,6 +310,7 @@ def causal_conv1d_kernel(
     W: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
     FLAT: tl.constexpr,
@@ -349,6 +373,7 @@ def causal_conv1d_kernel(
             D,
             W,
             BLOCK_T,
+            GROUP,
             BLOCK_D,
             WORDS,
             ACTIVATION,
@@ -617,6 +642,7 @@ def causal_conv1d(
         W=W,
         STRIDE_UNIT=unit,
         BLOCK_T=config.block_t,
+        GROUP=min(config.group, config.block_t),
         BLOCK_D=block_d,
         WORDS=_words(weight),
         FLAT=_flat_windows(conv_state, W),
