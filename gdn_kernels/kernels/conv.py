@@ -51,6 +51,7 @@ def _bias(bias_ptr, d, d_ok, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _fp32(columns):
+    """The columns converted."""
     converted = ()
     for k in tl.static_range(len(columns)):
         converted += (columns[k].to(tl.float32),)
@@ -66,6 +67,27 @@ def _output(columns, first: tl.constexpr, taps, bias, W: tl.constexpr, ACTIVATIO
     if ACTIVATION is not None:
         y = silu(y)
     return y
+
+
+@triton.jit
+def _column(
+    x_ptr,
+    window_ptr,
+    c,
+    ok,
+    d,
+    stride_x_t,
+    stride_w_d,
+    stride_w_c,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Column c of a path, fp32; zero where not ok."""
+    ok = ((d < D) | (D % BLOCK_D == 0)) & ok
+    token = tl.load(x_ptr + c * stride_x_t + d, mask=ok & (c >= 0), other=0.0).to(tl.float32)
+    old = tl.load(window_ptr + (W - 1 + c) * stride_w_c + d * stride_w_d, mask=ok & (c < 0), other=0.0).to(tl.float32)
+    return tl.where(c >= 0, token, old)
 
 
 @triton.jit
@@ -121,7 +143,7 @@ def _store_window(
         else:
             middle = columns[first + 1].to(dtype)
             padded = tl.reshape(tl.join(tl.join(old, new), tl.join(middle, new)), [4 * BLOCK_D])
-            e = tl.minimum(tl.arange(0, 4 * BLOCK_D), 3 * BLOCK_D - 1)
+            e = tl.minimum(tl.arange(0, 4 * BLOCK_D), 3 * BLOCK_D - 1)  # a gather has no mask
             window = tl.gather(padded, e // 3 * 4 + e % 3, 0)
         tl.store(ptr + offsets, window, mask=inside & ok)
     else:
@@ -447,40 +469,19 @@ def causal_conv1d_update_kernel(
             column = state + (first + k) * stride_s_c + d * stride_s_d
             kept += (tl.load(column, mask=d_ok & valid & (first + k < L), other=0.0).to(tl.float32),)
     after = kept + tokens
-    LAST: tl.constexpr = (L + 1 if num_accepted_tokens_ptr is not None else W - 1 + TOKENS) - L
+    after = after[len(after) - L :]
     # A column may move to another thread's place: every read of the program comes before its writes.
     tl.debug_barrier()
     if FLAT:
-        _store_window(state, after, LAST, block, d, valid, stride_s_d, stride_s_c, W, D, BLOCK_D, FLAT)
+        _store_window(state, after, 0, block, d, valid, stride_s_d, stride_s_c, W, D, BLOCK_D, FLAT)
     else:
         for k in tl.static_range(L):
-            column = after[LAST + k].to(state.dtype.element_ty)
+            column = after[k].to(state.dtype.element_ty)
             tl.store(state + k * stride_s_c + d * stride_s_d, column, mask=d_ok & valid)
     for k in tl.static_range(TOKENS):
         y = _output(columns, k, taps, bias, W, ACTIVATION)
         y = tl.where(valid, y, 0.0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (n * TOKENS + k) * D + d, y, mask=d_ok)
-
-
-@triton.jit
-def _column(
-    x_ptr,
-    window_ptr,
-    c,
-    ok,
-    d,
-    stride_x_t,
-    stride_w_d,
-    stride_w_c,
-    W: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Column c of a path, fp32; zero where not ok."""
-    ok = ((d < D) | (D % BLOCK_D == 0)) & ok
-    token = tl.load(x_ptr + c * stride_x_t + d, mask=ok & (c >= 0), other=0.0).to(tl.float32)
-    old = tl.load(window_ptr + (W - 1 + c) * stride_w_c + d * stride_w_d, mask=ok & (c < 0), other=0.0).to(tl.float32)
-    return tl.where(c >= 0, token, old)
 
 
 @triton.jit(
@@ -558,7 +559,7 @@ def causal_conv1d_verify_kernel(
         columns = path[i : i + W]
         if parents_ptr is not None:
             # Back from the token through its ancestors, then through the window: column c < 0 follows c - 1.
-            c = n * 0 + i
+            c = tl.full([], i, tl.int64)
             columns = (_column(sequence, state, c, valid, d, stride_t, stride_s_d, stride_s_c, W, D, BLOCK_D),)
             for _ in tl.static_range(W - 1):
                 parents = parents_ptr + n * stride_p_n + c * stride_p_t
