@@ -165,11 +165,15 @@ class RowsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvConfig:
-    """Causal conv: ``block_t`` tokens of ``block_d`` channels a program."""
+    """Causal conv: a run of ``block_t`` tokens (at most 32) of ``block_d`` channels a program, ``group`` at a time.
+
+    At least 2 warps where windows have their columns side by side: within one, a gather becomes shuffles of registers.
+    """
 
     block_t: int
     block_d: int
     num_warps: int
+    group: int = 8
     num_stages: int = 1
 
 
@@ -239,12 +243,13 @@ def norm_config(group_size: int) -> NormConfig:
 GATING_CONFIG = RowsConfig(block_rows=32, num_warps=4)
 SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
 
-# 8,192 tokens of 8,192 channels in bf16, H100, 2026-11-23: 32 x 128 takes 115 us, 16 x 128 120, 64 x 64 114, 32 x 64
-# 126, 16 x 256 122 (the bytes alone: 89).
-CONV_CONFIG = ConvConfig(block_t=32, block_d=128, num_warps=4)
-
+# Four channels a thread (8 bytes of bf16) leave registers for 20 warps an SM, whose next 8 columns are 40 KB under way.
 # First settings, not yet searched on a GPU.
-CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=256, num_warps=4)
+CONV_CONFIG = ConvConfig(block_t=32, block_d=512, num_warps=4, group=8)
+
+# Channels a program and warps of the update and the verify kernel. Four channels a thread take 32 registers for one new
+# token, so that an SM holds all its warps. First settings, not yet searched on a GPU.
+CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=512, num_warps=4)
 
 # Head size K -> rows of the state a program; 2,048 state elements in one warp, so that no barrier stands in the chain.
 # packed_decode, HV 32, K = V = 128, H100, 2026-11-23, us for (N 1 fp32, N 64 fp32, N 256 bf16 state): 16 rows in 1 warp

@@ -53,21 +53,29 @@ def test_kernel_compiles_within_registers_and_shared_memory(target, case):
         assert binary.shared <= limit, f"{binary.kernel} takes {binary.shared} bytes of shared memory of {limit}"
 
 
+# Types of PTX accesses of so many bytes.
+WIDE = {16: r"v4\.[bf]32|v2\.[bf]64|b128|v8\.b16", 8: r"v2\.[bf]32|[bf]64|v4\.b16"}
+
+
 # Inputs and outputs that rows of whole 16 bytes must be moved by, counted as (loads, stores) at least.
 @pytest.mark.parametrize(
-    ("case", "loads", "stores"),
+    ("case", "size", "loads", "stores"),
     [
-        pytest.param("norm-rms-gated-128", 2, 1, id="norm-x-and-strided-z"),
+        pytest.param("norm-rms-gated-128", 16, 2, 1, id="norm-x-and-strided-z"),
         # e4m3 is stored 8 bytes a thread, what 16 bytes of bf16 become
-        pytest.param("norm-fp8-128", 2, 0, id="norm-fp8-x-and-strided-z"),
-        pytest.param("l2norm-128", 1, 1, id="l2norm"),
-        pytest.param("split-r2", 2, 2, id="split-v-z"),
-        pytest.param("conv-channel-last", 4, 1, id="conv-tokens"),
+        pytest.param("norm-fp8-128", 16, 2, 0, id="norm-fp8-x-and-strided-z"),
+        pytest.param("l2norm-128", 16, 1, 1, id="l2norm"),
+        pytest.param("split-r2", 16, 2, 2, id="split-v-z"),
+        # four channels a thread: three columns and twice 8 of a run; an edge's 9 columns, its outputs and its window
+        pytest.param("conv-channel-last", 8, 3 + 16 + 9, 8 + 3 + 3, id="conv-tokens"),
+        pytest.param("conv-channel-last", 16, 2 * 2, 0, id="conv-weights"),
+        pytest.param("conv-update-1", 8, 4, 4, id="conv-update-tokens-and-windows"),
+        pytest.param("conv-verify-16-tree", 16, 0, 16, id="conv-verify-windows"),
     ],
 )
-def test_rows_move_16_bytes_at_a_time(case, loads, stores):
+def test_rows_move_whole_vectors(case, size, loads, stores):
     (binary,) = binaries(triton_support.SWEEP_TARGET, case)
-    wide = r"(?:\.\w+(?:::\w+)?)*\.(?:v4\.[bf]32|v2\.[bf]64|b128|v8\.b16)"
+    wide = rf"(?:\.\w+(?:::\w+)?)*\.(?:{WIDE[size]})"
     assert len(re.findall(r"ld\.global" + wide, binary.asm)) >= loads
     assert len(re.findall(r"st\.global" + wide, binary.asm)) >= stores
 

@@ -20,7 +20,7 @@ LENGTHS = (5, 0, 1, 17, 2, 0, 3)
 @pytest.fixture(autouse=True)
 def small_tiles():
     """Tiles smaller than the inputs, so that sequences and channels cross them."""
-    with launch.pinned("causal_conv1d", launch.ConvConfig(block_t=8, block_d=16, num_warps=1)):
+    with launch.pinned("causal_conv1d", launch.ConvConfig(block_t=8, block_d=16, num_warps=1, group=4)):
         with launch.pinned("causal_conv1d_update", launch.ConvConfig(block_t=1, block_d=16, num_warps=1)):
             yield
 
@@ -127,6 +127,22 @@ def test_strided_tokens_and_weights_are_read_in_place():
     x, weight = column_view(normal(0, sum(LENGTHS), D)), normal(1, 4, D).t()
     check_conv(LENGTHS, x, weight, None, pool(2, 7, 3))
     check_conv(LENGTHS, column_view(normal(0, sum(LENGTHS), D), before=3), weight, None, pool(2, 7, 3))
+
+
+@pytest.mark.parametrize("W", [2, 4], ids=lambda W: f"width-{W}")
+def test_16_bit_weights_may_start_anywhere(W):
+    x, state = normal(0, sum(LENGTHS), D, dtype=torch.float16), pool(2, 7, W - 1, torch.float16)
+    storage = normal(1, D * W + 1, dtype=torch.float16)
+    check_conv(LENGTHS, x, storage[1:].view(D, W), None, state)
+
+
+@pytest.mark.parametrize("W", [3, 4], ids=lambda W: f"width-{W}")
+def test_windows_may_be_strided_both_ways(W):
+    state, windows = (torch.full((*shape, D, 2, W), torch.nan)[..., 0, 1:] for shape in [(7,), (3, 5)])
+    state.copy_(pool(2, 7, W - 1))
+    check_conv(LENGTHS, normal(0, sum(LENGTHS), D), normal(1, D, W), None, state)
+    check_update(normal(3, 7, D), normal(1, D, W), None, state)
+    check_verify(normal(4, 3, 5, D), normal(1, D, W), None, state, windows)
 
 
 def test_the_state_may_have_another_dtype():
