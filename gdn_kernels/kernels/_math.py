@@ -72,6 +72,56 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Stochastic rounding of states
+# ---------------------------------------------------------------------------------------------------------------
+
+FP16_SMALLEST_NORMAL = tl.constexpr(0x38800000)  # 2^-14 as a pattern of fp32; below it the spacing is 2^-24
+BF16_LARGEST = tl.constexpr(0x7F7F0000)
+FP16_LARGEST = tl.constexpr(0x477FE000)
+
+
+@triton.jit
+def rounding_bits(seed, slot, token, rows, K: tl.constexpr):
+    """16 random bits for each element of [rows, K] of a slot's [HV * V, K] state, in an int32.
+
+    Philox 4x32-10 with the key ``seed`` and the counter (octet of the element in the state, slot, token, 0); its four
+    words are the octet's eight numbers, low half first. So they depend on no tile, and a thread that stores eight
+    elements at once draws for them alone.
+    """
+    octets = rows[:, None] * (K // 8) + tl.arange(0, K // 8)[None, :]
+    a, b, c, d = tl.philox(seed, octets, slot.to(tl.int32), token.to(tl.int32), 0)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [rows.shape[0], K]).to(tl.int32)
+
+
+@triton.jit
+def round_stochastically(x, bits, dtype: tl.constexpr):
+    """fp32 ``x`` to bf16 or fp16: away from zero where ``bits / 65536`` is below its distance, in units of the spacing,
+    from the neighbour nearer to zero. What the dtype holds stays; past its largest number, and for NaN, to nearest."""
+    pattern = x.to(tl.int32, bitcast=True)
+    magnitude = pattern & 0x7FFFFFFF
+    if dtype == tl.bfloat16:
+        rounded = ((pattern + bits) & -0x10000).to(tl.float32, bitcast=True)
+        return tl.where(magnitude >= BF16_LARGEST, x, rounded).to(dtype)
+    normal = (pattern + (bits >> 3)) & -0x2000
+    # in fixed point with sixteen bits below the spacing
+    small = magnitude < FP16_SMALLEST_NORMAL
+    steps = ((tl.where(small, tl.abs(x), 0.0) * 1099511627776.0).to(tl.int32) + bits) >> 16
+    subnormal = (steps.to(tl.float32) * 5.9604644775390625e-08).to(tl.int32, bitcast=True) | (pattern & -0x80000000)
+    rounded = tl.where(small, subnormal, normal).to(tl.float32, bitcast=True)
+    return tl.where(magnitude >= FP16_LARGEST, x, rounded).to(dtype)
+
+
+@triton.jit
+def to_state(S, dtype: tl.constexpr, seed_ptr, slot, token, rows, K: tl.constexpr):
+    """Rows ``rows`` of a head-major state in the dtype they are stored in; rounded stochastically where a seed is."""
+    if seed_ptr is not None:
+        bits = rounding_bits(tl.load(seed_ptr).to(tl.int64), slot, token, rows, K)
+        return round_stochastically(S, bits, dtype)
+    return S.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # On the host
 # ---------------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ def packed_decode(
     scale=None,
     use_qk_l2norm=True,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     HV, V, K = state.shape[1:]
     keys = num_k_heads * K
@@ -38,5 +39,6 @@ def packed_decode(
         A_log=A_log,
         dt_bias=dt_bias,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     return launch.view(o.squeeze(1), o)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, sigmoid, to_state, wait_for_inputs
 
 L2NORM_EPS = tl.constexpr(1e-6)
 
@@ -106,7 +106,7 @@ def slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_i
 _UNSPECIALIZED = ["T", "num_slots", "pad_slot_id", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=["seed_ptr"])
 def recurrent_kernel(
     q_ptr,
     k_ptr,
@@ -122,6 +122,7 @@ def recurrent_kernel(
     read_ptr,
     write_ptr,
     has_initial_ptr,
+    seed_ptr,
     T: tl.int32,
     num_slots: tl.int32,
     pad_slot_id: tl.int32,
@@ -158,7 +159,8 @@ def recurrent_kernel(
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     h = hv // (HV // H)
     rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+    state_rows = hv * V + rows
+    inner = state_rows[:, None] * K + tl.arange(0, K)[None, :]
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
     token = batch * T + start
@@ -195,7 +197,8 @@ def recurrent_kernel(
     else:
         for i in range(length):
             tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
-    tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+    S = to_state(S, final_ptr.dtype.element_ty, seed_ptr, write, length - 1, state_rows, K)
+    tl.store(final_ptr + write * stride_final + inner, S, mask=keep)
 
 
 @triton.jit(
@@ -205,7 +208,8 @@ def recurrent_kernel(
         "num_steps",
         "stride_index",
         "stride_parent",
-    ]
+    ],
+    do_not_specialize_on_alignment=["seed_ptr"],
 )
 def verify_kernel(
     q_ptr,
@@ -224,6 +228,7 @@ def verify_kernel(
     accepted_ptr,
     has_initial_ptr,
     parent_ptr,
+    seed_ptr,
     T: tl.int32,
     num_slots: tl.int32,
     num_rows: tl.int32,
@@ -267,7 +272,8 @@ def verify_kernel(
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     h = hv // (HV // H)
     rows = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+    state_rows = hv * V + rows
+    inner = state_rows[:, None] * K + tl.arange(0, K)[None, :]
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
     token = batch * T + start
@@ -325,13 +331,16 @@ def verify_kernel(
             )
             S, o = delta_step(S, q, k, v, g, beta, scale)
             tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, o.to(o_ptr.dtype.element_ty))
+            step = n * 0 + i
             if IS_SLOT_PER_TOKEN:
                 slot = tl.load(index_ptr + n * stride_index + i, mask=i < num_steps, other=-1).to(tl.int64)
                 keep = is_slot(slot, num_slots, pad_slot_id)
-                tl.store(kept_ptr + slot * stride_kept_row + inner, S.to(kept_ptr.dtype.element_ty), mask=keep)
+                stored = to_state(S, kept_ptr.dtype.element_ty, seed_ptr, slot, step, state_rows, K)
+                tl.store(kept_ptr + slot * stride_kept_row + inner, stored, mask=keep)
             else:
-                kept = kept_ptr + row * stride_kept_row + (n * 0 + i) * stride_kept_step + inner
-                tl.store(kept, S.to(kept_ptr.dtype.element_ty), mask=has_row & (i < num_steps))
+                kept = kept_ptr + row * stride_kept_row + step * stride_kept_step + inner
+                stored = to_state(S, kept_ptr.dtype.element_ty, seed_ptr, row, step, state_rows, K)
+                tl.store(kept, stored, mask=has_row & (i < num_steps))
     else:
         for i in range(length):
             tl.store(o_ptr + ((token + i) * HV + hv) * V + rows, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
@@ -374,6 +383,7 @@ def _launch(
     dt_bias,
     beta_scale,
     pad_slot_id,
+    rounding_seed=None,
 ):
     batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
@@ -396,6 +406,7 @@ def _launch(
         read,
         write,
         has_initial_state,
+        rounding_seed,
         tokens,
         final.shape[0],
         pad_slot_id,
@@ -475,6 +486,7 @@ def recurrent_gated_delta_rule_paged(
     dt_bias=None,
     beta_scale=1.0,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     o = _output(v, cu_seqlens)
     options = dict(
@@ -486,6 +498,7 @@ def recurrent_gated_delta_rule_paged(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     if state_indices.dim() == 1:
         _launch(q, k, v, g, beta, o, state, state, read=state_indices, write=write_indices, **options)
@@ -527,6 +540,7 @@ def _launch_verify(
     dt_bias,
     beta_scale,
     pad_slot_id,
+    rounding_seed,
     accepted=None,
     kept_indices=None,
     parents=None,
@@ -554,6 +568,7 @@ def _launch_verify(
         accepted,
         has_initial_state,
         parents,
+        rounding_seed,
         tokens,
         state.shape[0],
         kept.shape[0],
@@ -599,6 +614,7 @@ def recurrent_gated_delta_rule_verify(
     dt_bias=None,
     beta_scale=1.0,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     o = _output(v, cu_seqlens)
     _launch_verify(
@@ -620,6 +636,7 @@ def recurrent_gated_delta_rule_verify(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
         kept_indices=intermediate_indices,
         parents=parents,
     )
