@@ -10,9 +10,7 @@ from gdn_kernels import launch
 from gdn_kernels.ops.chunk import FUNCTIONAL, GATES, PACKED, fake_functional, warm_pool, warm_tensors
 from gdn_kernels.ops.registry import define
 
-_OPTIONS = (
-    f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1, Tensor? rounding_seed=None"
-)
+_OPTIONS = f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1, Tensor? rounding_seed=None"
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

@@ -144,21 +144,19 @@ def draw(rounding_seed: Tensor | None, slot: int, token: int) -> Draw | None:
 
 
 def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 ``x`` rounded to ``dtype``, away from zero where ``bits / 65536`` is below its distance from the neighbour
-    nearer to zero; what ``dtype`` holds stays. Past the largest finite number, and for NaN, to nearest."""
-    pattern = x.view(torch.int32)
-    magnitude = pattern & 0x7FFFFFFF
+    """fp32 ``x`` to bf16 or fp16: away from zero where random ``bits``, added below the last place kept, carry into it.
+
+    What the dtype holds, infinities too, stays; past its largest number, that or infinity, by the same rule.
+    """
     if dtype == torch.bfloat16:
-        rounded = ((pattern + bits) & -0x10000).view(torch.float32)
-        largest = 0x7F7F0000
+        pattern = (x.view(torch.int32) + bits) & -0x10000
+        rounded = pattern.view(torch.float32)
     else:
-        normal = ((pattern + (bits >> 3)) & -0x2000).view(torch.float32)
-        # below 2^-14 the spacing is 2^-24: sixteen bits more, in fixed point
-        small = magnitude < 0x38800000
-        steps = ((torch.where(small, x.abs(), 0.0) * 2.0**40).to(torch.int32) + bits) >> 16
-        rounded = torch.where(small, torch.copysign(steps.to(torch.float32) * 2.0**-24, x), normal)
-        largest = 0x477FE000
-    return torch.where(magnitude >= largest, x, rounded).to(dtype)
+        # below 2^-14 the spacing stays that of 2^-14
+        offset = torch.where(x.abs() < 2.0**-14, 2.0**-14, 0.0)
+        pattern = ((x.abs() + offset).view(torch.int32) + (bits >> 3)) & -0x2000
+        rounded = torch.copysign(pattern.view(torch.float32) - offset, x)
+    return torch.where(x.isnan(), x, rounded).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
