@@ -8,7 +8,7 @@ from gdn_kernels.reference import _math
 
 
 def _hard_values() -> torch.Tensor:
-    """fp32 near every boundary of bf16 and fp16: zeros, subnormals of either, powers of two, the largest, not finite."""
+    """fp32 near every boundary of bf16 and fp16: zeros, subnormals, powers of two, the largest, not finite."""
     random = torch.Generator().manual_seed(0)
     powers = 2.0 ** torch.arange(-149, 128, dtype=torch.float64)
     largest = torch.tensor([65504.0, 65504.1, 65519.0, 65520.0, 65535.9, 65536.0, 3.3895313e38, 3.4e38, 3.4028235e38])

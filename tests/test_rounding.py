@@ -131,7 +131,7 @@ def states(dtype: torch.dtype, device: str, *lead: int) -> torch.Tensor:
 
 
 def decaying(rows: int, device: str, tokens: int = 1):
-    """Inputs with keys of zero: a state is multiplied by its decay and nothing else, so in any kernel it is the same."""
+    """Inputs with keys of zero: a state is multiplied by its decay and nothing else, so every kernel has its bits."""
     inputs = delta_inputs((rows * tokens,), HV=HV, device=device)
     return [
         (x * 0 if i == 1 else x).reshape(rows, tokens, *x.shape[2:]) for i, x in enumerate(inputs.tensors)
@@ -280,7 +280,7 @@ def test_a_long_decode_drifts_with_nearest_rounding_and_not_with_a_seed(device):
 
 @DEVICES
 def test_a_decode_of_thousands_of_steps_stays_near_fp64_with_a_seed(device):
-    """Small updates to a state that forgets slowly, in the oracle, with a bf16 state to nearest, and with one seeded."""
+    """Small updates to a state that forgets slowly: in the oracle, in bf16 to nearest, and in bf16 with seeds."""
     steps, rows = 2000, 1
     random = torch.Generator().manual_seed(1)
     mixed = torch.randn(steps, rows, D, generator=random)
