@@ -95,3 +95,6 @@ for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "gfx942"] = 384
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
+# Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.
+for name in [name for name in COMPILE_CASES if "-rounded-" in name]:
+    SPILL_BUDGET[name, "*"] = 32
