@@ -647,15 +647,16 @@ def test_a_layer_is_captured_whole_with_persistent_metadata(phase, tokens, fused
 
 
 def test_warmup_builds_the_binaries_of_stochastic_rounding():
-    s = token_cases.Sizes(H=3, HV=15)
+    s = token_cases.Sizes(H=4, HV=16)
     shapes = launch.ModelShapes(
-        s.H, s.HV, s.K, s.V, dtype=DTYPE, state_dtype=DTYPE, draft_tokens=3, stochastic_rounding=True
+        s.H, s.HV, s.K, s.V, dtype=DTYPE, state_dtype=DTYPE, dt_bias_dtype=torch.float32, stochastic_rounding=True
     )
-    launch.warmup(shapes)
-    call = token_cases.make("packed_decode-rounded-rows", 5, "cuda", DTYPE, 0, s)
-    call.kwargs["rounding_seed"] = call.kwargs["rounding_seed"].long()
+    assert launch.warmup(shapes).built > 0
     before = launch.binaries()
-    call.run()
+    for count in COUNTS:
+        call = token_cases.make("packed_decode-rounded-rows", count, "cuda", DTYPE, 0, s)
+        call.kwargs["rounding_seed"] = call.kwargs["rounding_seed"].long()
+        call.run()
     assert launch.binaries() == before
 
 
