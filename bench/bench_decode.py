@@ -5,11 +5,11 @@ from __future__ import annotations
 import peers
 import pytest
 import torch
-from cases import MODELS, Case, Inputs, Tensors, pick, some_heads
+from cases import DEVICE, MODELS, Case, Inputs, Tensors, pick, some_heads
 
 
-def decode(model: str, rows: int, state_dtype: torch.dtype = torch.float32) -> Case:
-    """One token a row, its slot one of twice as many, in random order."""
+def decode(model: str, rows: int, state_dtype: torch.dtype = torch.float32, rounded: bool = False) -> Case:
+    """One token a row, its slot one of twice as many, in random order; ``rounded``: stored with a rounding seed."""
     shape, state = MODELS[model], str(state_dtype).removeprefix("torch.")
 
     def inputs(make: Inputs) -> Tensors:
@@ -20,29 +20,40 @@ def decode(model: str, rows: int, state_dtype: torch.dtype = torch.float32) -> C
             "state": make.pool(shape, 2 * rows, dtype=state_dtype),
             "state_indices": make.slots(rows),
             "num_k_heads": shape.num_k_heads,
+            **({"rounding_seed": torch.zeros(1, dtype=torch.int64, device=DEVICE)} if rounded else {}),
         }
 
     return Case(
         "packed_decode",
-        f"{model}-decode-n{rows}" + ("" if state_dtype is torch.float32 else f"-{state}-state"),
+        f"{model}-decode-n{rows}"
+        + ("" if state_dtype is torch.float32 else f"-{state}-state")
+        + ("-rounded" if rounded else ""),
         inputs,
         traffic={"state": 1.0},  # half the slots, read and written
         **some_heads(shape),
-        peers=peers.DECODE.get((shape.num_k_heads, shape.num_v_heads, rows, state), {}),
+        peers={} if rounded else peers.DECODE.get((shape.num_k_heads, shape.num_v_heads, rows, state), {}),
     )
 
 
 CASES = pick(
     on_gpu=[
         *(decode("qwen3-next-tp1", rows) for rows in (1, 8, 32, 64, 128, 256)),
-        *(decode("qwen3-next-tp1", rows, torch.bfloat16) for rows in (1, 32, 128)),
+        *(
+            decode("qwen3-next-tp1", rows, torch.bfloat16, rounded)
+            for rows in (1, 32, 128)
+            for rounded in (False, True)
+        ),
         decode("qwen3-next-tp4", 1),
         decode("qwen3-next-tp4", 64),
         decode("qwen3.5-tp1", 32),
         decode("qwen3.5-tp1", 128),
         decode("qwen3.5-tp8", 128),
     ],
-    on_cpu=[decode("qwen3-next-tp8", 4), decode("qwen3-next-tp8", 4, torch.bfloat16)],
+    on_cpu=[
+        decode("qwen3-next-tp8", 4),
+        decode("qwen3-next-tp8", 4, torch.bfloat16),
+        decode("qwen3-next-tp8", 4, torch.bfloat16, rounded=True),
+    ],
 )
 
 

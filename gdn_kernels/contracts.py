@@ -612,6 +612,18 @@ def chunk_gated_delta_rule_paged_checkpoints(
         raise ValueError(f"checkpoint_interval must be a positive multiple of {CHUNK}, got {checkpoint_interval}")
 
 
+def _rounding_seed(rounding_seed: torch.Tensor | None, name: str, states: torch.Tensor) -> None:
+    """A seed of one element, and something to round: ``states``, called ``name``, of 16 bits."""
+    if rounding_seed is None:
+        return
+    _index("rounding_seed", rounding_seed)
+    if rounding_seed.dim() > 1 or rounding_seed.numel() != 1:
+        raise ValueError(f"rounding_seed must hold one element, got shape {tuple(rounding_seed.shape)}")
+    _same_device(states, rounding_seed=rounding_seed)
+    if states.dtype is torch.float32:  # the oracle's fp64 stands for a dtype of 16 bits
+        raise ValueError(f"rounding_seed must be None where {name} is float32, got a tensor")
+
+
 def recurrent_gated_delta_rule_paged(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -631,6 +643,7 @@ def recurrent_gated_delta_rule_paged(
     dt_bias: torch.Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> None:
     count, num_v_heads, head_v_dim, head_k_dim = _delta_rule(q, k, v, g, beta, cu_seqlens, A_log, dt_bias)
     _dtype("state", state, _FLOATS)
@@ -657,6 +670,7 @@ def recurrent_gated_delta_rule_paged(
         num_accepted_tokens=num_accepted_tokens,
         has_initial_state=has_initial_state,
     )
+    _rounding_seed(rounding_seed, "state", state)
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id, unique=write_indices is None)
         _slot_values("write_indices", write_indices, state.shape[0], pad_slot_id)
@@ -685,6 +699,7 @@ def recurrent_gated_delta_rule_verify(
     dt_bias: torch.Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> None:
     count, num_v_heads, head_v_dim, head_k_dim = _delta_rule(q, k, v, g, beta, cu_seqlens, A_log, dt_bias)
     _dtype("state", state, _FLOATS)
@@ -714,6 +729,7 @@ def recurrent_gated_delta_rule_verify(
         parents=parents,
         has_initial_state=has_initial_state,
     )
+    _rounding_seed(rounding_seed, "intermediate_states", intermediate_states)
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id, unique=False)
         _slot_values("intermediate_indices", intermediate_indices, intermediate_states.shape[0], pad_slot_id)
@@ -733,6 +749,7 @@ def packed_decode(
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> None:
     _dtype("mixed_qkv", mixed_qkv, _FLOATS)
     _rank("mixed_qkv", mixed_qkv, "[N, 2 * H * K + HV * V]", 2)
@@ -751,6 +768,7 @@ def packed_decode(
     _index_vector("state_indices", state_indices, rows)
     _same_device(mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, state=state, state_indices=state_indices)
     _last_dim_contiguous(mixed_qkv=mixed_qkv, a=a, b=b)
+    _rounding_seed(rounding_seed, "state", state)
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id)
 

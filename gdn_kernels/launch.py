@@ -504,6 +504,7 @@ class ModelShapes:
     """Static facts of a model on one rank: head counts and sizes, conv width, dtypes.
 
     ``draft_tokens``: tokens a row that verification takes, 0 where the model is served without speculation.
+    ``stochastic_rounding``: states of 16 bits are written with a ``rounding_seed``, an int64, too.
     """
 
     num_k_heads: int
@@ -517,6 +518,7 @@ class ModelShapes:
     A_log_dtype: torch.dtype = torch.float32
     dt_bias_dtype: torch.dtype | None = None
     draft_tokens: int = 0
+    stochastic_rounding: bool = False
 
     def gate_parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """``A_log`` and ``dt_bias`` of zeros; ``dt_bias`` is in ``dtype`` unless the model says otherwise."""
@@ -524,6 +526,12 @@ class ModelShapes:
             "A_log": torch.zeros(self.num_v_heads, dtype=self.A_log_dtype, device=device),
             "dt_bias": torch.zeros(self.num_v_heads, dtype=self.dt_bias_dtype or self.dtype, device=device),
         }
+
+    def rounding_seeds(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """The seeds that warm-up calls with: none, and one where states are rounded stochastically."""
+        if not self.stochastic_rounding:
+            return (None,)
+        return None, torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def conv_channels(self) -> int:

@@ -331,6 +331,18 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
                 "use_qk_l2norm": True,
             },
         ),
+        Call(
+            "recurrent_gated_delta_rule_paged",
+            "rounded-slot-per-token",
+            (*rows, m.pool(10, torch.float16), table),
+            {"use_qk_l2norm": True, "rounding_seed": m.indices(-7)},
+        ),
+        Call(
+            "recurrent_gated_delta_rule_verify",
+            "rounded-chain",
+            (*rows, m.pool(6), m.pool(4, torch.bfloat16, lead=(3,)), slots),
+            {"use_qk_l2norm": True, "rounding_seed": m.indices([2**40], torch.int64)},
+        ),
     ]
     gates = m.columns(4, 2 * HV)
     a, b = gates[:, :HV], gates[:, HV:]
@@ -349,6 +361,12 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
             "no-l2norm",
             (m.columns(4, D), a, b, *parameters, m.pool(6), slots),
             {**heads, "use_qk_l2norm": False, "scale": 0.01},
+        ),
+        Call(
+            "packed_decode",
+            "rounded",
+            (m.columns(4, D), a, b, *parameters, m.pool(6, torch.bfloat16), slots),
+            {**heads, "rounding_seed": m.indices([3], torch.int64)},
         ),
         Call(
             "packed_decode",

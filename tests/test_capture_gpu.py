@@ -377,6 +377,21 @@ def test_packed_decode_reaches_slots_past_2_31_elements(far_pool):
     check_far(far_pool, near, outputs)
 
 
+def test_a_seed_rounds_states_past_2_31_elements(far_pool):
+    """The numbers are the slot's, so the far states differ from the near ones: by a spacing at most, and from what
+    rounding to nearest gives by one in less than all."""
+    m, near, slots, far = near_and_far(far_pool, 6)
+    args, seed = (m.normal(3, WIDE.D), *m.raw(3), *m.gate_parameters().values()), m.seed()
+    options = {"num_k_heads": WIDE.H}
+    a = gdn_kernels.packed_decode(*args, near, slots, **options)
+    b = gdn_kernels.packed_decode(*args, far_pool, far, rounding_seed=seed, **options)
+    assert_same_bits([b], [a], "output from a slot past 2^31 elements")
+    found = far_pool[far.long()].float()
+    ratio = (found != near[:3].float()).float().mean()
+    assert (found - near[:3].float()).abs().le(near[:3].float().abs() * 2**-7 + 1e-30).all() and 0.1 < ratio < 0.4
+    assert_same_bits([far_pool[FAR_SLOTS - 1]], [near[3]], "the slot after them")
+
+
 def test_recurrent_paged_reaches_slots_past_2_31_elements(far_pool):
     m, near, slots, far = near_and_far(far_pool, 2)
     inputs = m.delta(3, 2)
@@ -474,6 +489,19 @@ def test_packed_decode_of_more_than_65535_heads():
     few = gdn_kernels.packed_decode(x[SOME], a[SOME], b[SOME], *parameters, some, slots[:5], num_k_heads=MANY_SIZES.H)
     assert few.flatten(1).any(dim=1).all()
     assert_same_bits([o[SOME], pool[SOME]], [few, some], "rows of a large batch")
+
+
+def test_verify_of_more_than_65535_heads():
+    m, pool, slots = many(4)
+    pool, inputs = pool[:8], m.delta(MANY, 1)
+    slots = slots % 8
+    kept = m.normal(MANY, 1, MANY_SIZES.HV, MANY_SIZES.V, MANY_SIZES.K)
+    o = gdn_kernels.recurrent_gated_delta_rule_verify(*inputs, pool, kept, slots, use_qk_l2norm=True)
+    some = [x[SOME] for x in inputs]
+    few_kept = torch.empty_like(kept[:5])
+    few = gdn_kernels.recurrent_gated_delta_rule_verify(*some, pool, few_kept, slots[SOME], use_qk_l2norm=True)
+    assert few.flatten(1).any(dim=1).all()
+    assert_same_bits([o[SOME], kept[SOME]], [few, few_kept], "rows of a large batch")
 
 
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
@@ -616,6 +644,20 @@ def test_a_layer_is_captured_whole_with_persistent_metadata(phase, tokens, fused
         )
         assert torch.isfinite(wanted[real]).all() and wanted[real].any()
         assert torch.isfinite(pools.recurrent_state).all() and torch.isfinite(pools.conv_state).all()
+
+
+def test_warmup_builds_the_binaries_of_stochastic_rounding():
+    s = token_cases.Sizes(H=4, HV=16)
+    shapes = launch.ModelShapes(
+        s.H, s.HV, s.K, s.V, dtype=DTYPE, state_dtype=DTYPE, dt_bias_dtype=torch.float32, stochastic_rounding=True
+    )
+    assert launch.warmup(shapes).built > 0
+    before = launch.binaries()
+    for count in COUNTS:
+        call = token_cases.make("packed_decode-rounded-rows", count, "cuda", DTYPE, 0, s)
+        call.kwargs["rounding_seed"] = call.kwargs["rounding_seed"].long()
+        call.run()
+    assert launch.binaries() == before
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])

@@ -533,6 +533,21 @@ rows(
         "the last dimension of z must be a multiple of quant_group_size, 128, got 64",
     ),
 )
+for base, name in (
+    ("packed_decode-rounded", "state"),
+    ("recurrent_gated_delta_rule_paged-rounded-slot-per-token", "state"),
+    ("recurrent_gated_delta_rule_verify-rounded-chain", "intermediate_states"),
+):
+    rows(
+        base,
+        ({"rounding_seed": to(torch.float32)}, TypeError, f"rounding_seed must be {INDICES}, got float32"),
+        ({"rounding_seed": to(torch.int16)}, TypeError, f"rounding_seed must be {INDICES}, got int16"),
+        ({"rounding_seed": ints(1, 2)}, ValueError, "rounding_seed must hold one element, got shape (2,)"),
+        ({"rounding_seed": new(0, dtype=torch.int64)}, ValueError, "rounding_seed must hold one element, got sh"),
+        ({"rounding_seed": new(1, 1, dtype=torch.int64)}, ValueError, "rounding_seed must hold one element, got sh"),
+        ({"rounding_seed": meta}, ValueError, "rounding_seed must be on cpu, got meta"),
+        ({name: to(torch.float32)}, ValueError, f"rounding_seed must be None where {name} is float32, got a tensor"),
+    )
 
 IDS = [f"{base}-{'-'.join(change)}-{index}" for index, (base, change, *_) in enumerate(TABLE)]
 

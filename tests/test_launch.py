@@ -448,6 +448,24 @@ def test_warmup_reaches_every_operator_a_layer_runs(monkeypatch: pytest.MonkeyPa
     assert called >= layer | {"layer_norm_gated", "gating", "l2norm", "recurrent_gated_delta_rule"}
 
 
+@pytest.mark.parametrize("rounding", [False, True], ids=["to-nearest", "stochastic"])
+def test_warmup_rounds_states_stochastically_where_the_model_does(rounding: bool) -> None:
+    seeded = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if (kwargs or {}).get("rounding_seed") is not None:
+                assert kwargs["rounding_seed"].dtype is torch.int64
+                seeded.add(func._schema.name.removeprefix("gdn::"))
+            return func(*args, **(kwargs or {}))
+
+    shapes = launch.ModelShapes(1, 2, 64, 64, state_dtype=torch.bfloat16, draft_tokens=2, stochastic_rounding=rounding)
+    with Watch():
+        launch.warmup(shapes, "cpu")
+    operators = {"packed_decode", "recurrent_gated_delta_rule_paged", "recurrent_gated_delta_rule_verify"}
+    assert seeded == (operators if rounding else set())
+
+
 def test_warmup_touches_no_state_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call makes its own tensors: it is given shapes and a device, nothing else."""
     for name, call in launch._warmups.items():

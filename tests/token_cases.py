@@ -117,6 +117,9 @@ class Make:
     def gate_parameters(self) -> dict[str, torch.Tensor]:
         return {name: 0.5 * self.normal(self.sizes.HV, dtype=torch.float32) for name in ("A_log", "dt_bias")}
 
+    def seed(self) -> torch.Tensor:
+        return self.integers([self.random.randrange(1 << 31)])
+
     def parents(self, count: int) -> torch.Tensor:
         return self.integers([[self.random.randint(-1, DRAFTS) for _ in range(DRAFTS)] for _ in range(count)])
 
@@ -311,6 +314,13 @@ def _(m: Make, N: int) -> Call:
     return Call("recurrent_gated_delta_rule_paged", "", args, {"num_accepted_tokens": m.accepted(N), **L2})
 
 
+@case("recurrent_gated_delta_rule_paged", "rounded-tokens")
+def _(m: Make, T: int) -> Call:
+    inputs, offsets = m.packed(T)
+    args = *inputs, m.pool(dtype=torch.bfloat16), m.slots(SEQUENCES)
+    return Call("recurrent_gated_delta_rule_paged", "", args, {"cu_seqlens": offsets, "rounding_seed": m.seed(), **L2})
+
+
 @case("recurrent_gated_delta_rule_verify", "rows")
 def _(m: Make, N: int) -> Call:
     args = *m.delta(N, DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS), m.slots(N)
@@ -323,6 +333,13 @@ def _(m: Make, T: int) -> Call:
     inputs, offsets = m.packed(T)
     args = *inputs, m.pool(), m.pool(SLOTS, DRAFTS), m.slots(SEQUENCES)
     options = {"cu_seqlens": offsets, "has_initial_state": m.flags(SEQUENCES), **L2}
+    return Call("recurrent_gated_delta_rule_verify", "", args, options)
+
+
+@case("recurrent_gated_delta_rule_verify", "rounded-tree")
+def _(m: Make, N: int) -> Call:
+    args = *m.delta(N, DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS, dtype=torch.float16), m.slots(N)
+    options = {"intermediate_indices": m.slots(N), "parents": m.parents(N), "rounding_seed": m.seed(), **L2}
     return Call("recurrent_gated_delta_rule_verify", "", args, options)
 
 
@@ -357,6 +374,13 @@ def _(m: Make, N: int) -> Call:
 @case("decode_step_fp8", "rows")
 def _(m: Make, N: int) -> Call:
     return _step(m, N, "decode_step_fp8", 128)
+
+
+@case("packed_decode", "rounded-rows")
+def _(m: Make, N: int) -> Call:
+    pool = m.pool(dtype=torch.bfloat16)
+    args = m.columns(N, m.sizes.D), *m.raw(N), *m.gate_parameters().values(), pool, m.slots(N)
+    return Call("packed_decode", "", args, {"num_k_heads": m.sizes.H, "rounding_seed": m.seed()})
 
 
 def make(

@@ -119,6 +119,73 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Stochastic rounding of states
+# ---------------------------------------------------------------------------------------------------------------
+
+FP16_SMALLEST_NORMAL = tl.constexpr(2.0**-14)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2):
+    """Philox 4x32-10 of the counter (c0, c1, c2, 0) under a 64-bit key: four words, uint32.
+
+    As ``tl.philox``, but for one 64-bit product where that takes a high and a low one: 20 instructions less of 60.
+    """
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32)
+    c3 = c2 * 0
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def rounding_bits(seed, slot, token, rows, K: tl.constexpr):
+    """16 random bits for each element of [rows, K] of a slot's [HV * V, K] state, in an int32.
+
+    The counter is (octet of the element in the state, slot, token, 0), the key ``seed``; the four words are the octet's
+    eight numbers, low half first. So they depend on no tile, and a thread that stores eight elements at once draws for
+    them alone.
+    """
+    octets = rows[:, None] * (K // 8) + tl.arange(0, K // 8)[None, :]
+    a, b, c, d = philox(seed, octets, slot, token)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [rows.shape[0], K]).to(tl.int32)
+
+
+@triton.jit
+def round_stochastically(x, bits, dtype: tl.constexpr):
+    """fp32 ``x`` to bf16 or fp16: away from zero where random ``bits``, added below the last place kept, carry into it.
+
+    What the dtype holds, infinities too, stays; past its largest number, that or infinity, by the same rule.
+    """
+    if dtype == tl.bfloat16:
+        pattern = tl.where(x == x, x.to(tl.int32, bitcast=True) + bits, 0x7FC00000)
+        return (pattern >> 16).to(tl.int16).to(dtype, bitcast=True)
+    # below 2^-14 the spacing stays that of 2^-14
+    size = tl.abs(x)
+    offset = tl.where(size < FP16_SMALLEST_NORMAL, FP16_SMALLEST_NORMAL, 0.0)
+    pattern = ((size + offset).to(tl.int32, bitcast=True) + (bits >> 3)) & -0x2000
+    size = pattern.to(tl.float32, bitcast=True) - offset
+    pattern = size.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -0x80000000)
+    return tl.where(x == x, pattern.to(tl.float32, bitcast=True), x).to(dtype)
+
+
+@triton.jit
+def to_state(S, dtype: tl.constexpr, seed_ptr, slot, token, rows, K: tl.constexpr):
+    """Rows ``rows`` of a head-major state in the dtype they are stored in; rounded stochastically where a seed is."""
+    if seed_ptr is not None:
+        bits = rounding_bits(tl.load(seed_ptr).to(tl.int64), slot, token, rows, K)
+        return round_stochastically(S, bits, dtype)
+    return S.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # On the host
 # ---------------------------------------------------------------------------------------------------------------
 

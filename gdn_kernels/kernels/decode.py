@@ -21,6 +21,7 @@ def packed_decode(
     scale=None,
     use_qk_l2norm=True,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     HV, V, K = state.shape[1:]
     keys = num_k_heads * K
@@ -46,5 +47,6 @@ def packed_decode(
         beta_scale=1.0,
         pad_slot_id=pad_slot_id,
         is_one_token=True,
+        rounding_seed=rounding_seed,
     )
     return o

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, wait_for_inputs
+from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, to_state, wait_for_inputs
 
 L2NORM_EPS = tl.constexpr(1e-6)
 
@@ -135,7 +135,7 @@ def slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_i
 _UNSPECIALIZED = ["T", "num_slots", "pad_slot_id", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED, do_not_specialize_on_alignment=["seed_ptr"])
 def recurrent_kernel(
     q_ptr,
     k_ptr,
@@ -151,6 +151,7 @@ def recurrent_kernel(
     read_ptr,
     write_ptr,
     has_initial_ptr,
+    seed_ptr,
     T: tl.int32,
     num_slots: tl.int32,
     pad_slot_id: tl.int32,
@@ -191,6 +192,7 @@ def recurrent_kernel(
     tile = (hv * V + block * BLOCK_V) * K
     inner = tl.arange(0, BLOCK_V)[:, None] * K + tl.arange(0, K)[None, :]
     wait_for_inputs(PDL)
+    state_rows = hv * V + rows
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
@@ -232,7 +234,8 @@ def recurrent_kernel(
         for _ in range(length):
             tl.store(o_t, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
             o_t += HV * V
-    tl.store(final_ptr + (write * stride_final + tile) + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+    S = to_state(S, final_ptr.dtype.element_ty, seed_ptr, write, length - 1, state_rows, K)
+    tl.store(final_ptr + (write * stride_final + tile) + inner, S, mask=keep)
 
 
 @triton.jit(
@@ -242,7 +245,8 @@ def recurrent_kernel(
         "num_steps",
         "stride_index",
         "stride_parent",
-    ]
+    ],
+    do_not_specialize_on_alignment=["seed_ptr"],
 )
 def verify_kernel(
     q_ptr,
@@ -261,6 +265,7 @@ def verify_kernel(
     accepted_ptr,
     has_initial_ptr,
     parent_ptr,
+    seed_ptr,
     T: tl.int32,
     num_slots: tl.int32,
     num_rows: tl.int32,
@@ -307,6 +312,7 @@ def verify_kernel(
     tile = (hv * V + block * BLOCK_V) * K
     inner = tl.arange(0, BLOCK_V)[:, None] * K + tl.arange(0, K)[None, :]
     wait_for_inputs(PDL)
+    state_rows = hv * V + rows
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
     column = n * 0
@@ -364,13 +370,16 @@ def verify_kernel(
             S, o = delta_step(S, q, k, v, g, beta, scale)
             tl.store(o_t, o.to(o_ptr.dtype.element_ty))
             o_t += HV * V
+            step = n * 0 + i
             if IS_SLOT_PER_TOKEN:
                 slot = tl.load(index_ptr + n * stride_index + i, mask=i < num_steps, other=-1).to(tl.int64)
                 keep = is_slot(slot, num_slots, pad_slot_id)
-                tl.store(kept_ptr + (slot * stride_kept_row + tile) + inner, S.to(kept_ptr.dtype.element_ty), mask=keep)
+                stored = to_state(S, kept_ptr.dtype.element_ty, seed_ptr, slot, step, state_rows, K)
+                tl.store(kept_ptr + (slot * stride_kept_row + tile) + inner, stored, mask=keep)
             else:
-                kept = kept_ptr + (row * stride_kept_row + (n * 0 + i) * stride_kept_step + tile) + inner
-                tl.store(kept, S.to(kept_ptr.dtype.element_ty), mask=has_row & (i < num_steps))
+                kept = kept_ptr + (row * stride_kept_row + step * stride_kept_step + tile) + inner
+                stored = to_state(S, kept_ptr.dtype.element_ty, seed_ptr, row, step, state_rows, K)
+                tl.store(kept, stored, mask=has_row & (i < num_steps))
     else:
         for _ in range(length):
             tl.store(o_t, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
@@ -414,6 +423,7 @@ def launch_recurrent(
     dt_bias,
     beta_scale,
     pad_slot_id,
+    rounding_seed=None,
     is_one_token=False,
 ):
     """Launch the kernel on 4-D q, k, v. ``is_one_token``: rows of one token each, without offsets; a binary of its own,
@@ -439,6 +449,7 @@ def launch_recurrent(
         read,
         write,
         has_initial_state,
+        rounding_seed,
         tokens,
         final.shape[0],
         pad_slot_id,
@@ -520,6 +531,7 @@ def recurrent_gated_delta_rule_paged(
     dt_bias=None,
     beta_scale=1.0,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     o = _output(v, cu_seqlens)
     options = dict(
@@ -531,6 +543,7 @@ def recurrent_gated_delta_rule_paged(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     if state_indices.dim() == 1:
         launch_recurrent(q, k, v, g, beta, o, state, state, read=state_indices, write=write_indices, **options)
@@ -572,6 +585,7 @@ def _launch_verify(
     dt_bias,
     beta_scale,
     pad_slot_id,
+    rounding_seed,
     accepted=None,
     kept_indices=None,
     parents=None,
@@ -599,6 +613,7 @@ def _launch_verify(
         accepted,
         has_initial_state,
         parents,
+        rounding_seed,
         tokens,
         state.shape[0],
         kept.shape[0],
@@ -645,6 +660,7 @@ def recurrent_gated_delta_rule_verify(
     dt_bias=None,
     beta_scale=1.0,
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     o = _output(v, cu_seqlens)
     _launch_verify(
@@ -666,6 +682,7 @@ def recurrent_gated_delta_rule_verify(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
         kept_indices=intermediate_indices,
         parents=parents,
     )

@@ -19,8 +19,8 @@ def _fake(
 
 define(
     "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-    "Tensor state_indices, *, int num_k_heads, float? scale=None, bool use_qk_l2norm=True, int pad_slot_id=-1) "
-    "-> Tensor",
+    "Tensor state_indices, *, int num_k_heads, float? scale=None, bool use_qk_l2norm=True, int pad_slot_id=-1, "
+    "Tensor? rounding_seed=None) -> Tensor",
     module="decode",
     fake=_fake,
 )
@@ -39,6 +39,7 @@ def packed_decode(
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step of the gated delta rule: gate, sigmoid, l2norm and recurrence, on a state pool, in place.
 
@@ -49,8 +50,11 @@ def packed_decode(
         state: ``[S, HV, V, K]`` fp32, bf16 or fp16, each slot contiguous, slot stride free; K, V of 64, 128 or 256.
             Written: the slots of ``state_indices``.
         state_indices: ``[N]`` int32 or int64. An index equal to ``pad_slot_id``, negative or past the pool is padding:
-            output zero, no state written.
+            output zero, no state written. No slot may be named twice: which row's state it then holds is undefined;
+            ``launch.debug_checks()`` refuses it.
         num_k_heads: H. scale: default ``K ** -0.5``. use_qk_l2norm: divide q and k by ``sqrt(sum(x**2) + 1e-6)``.
+        rounding_seed: one int32 or int64, with a bf16 or fp16 state: states are rounded stochastically, see
+            :func:`recurrent_gated_delta_rule_paged`. A new seed for every step and layer; the position is 0.
 
     Returns:
         ``[N, HV, V]`` in the dtype of ``mixed_qkv``, contiguous.
@@ -72,20 +76,23 @@ def packed_decode(
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
 
 
 def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     gates = torch.zeros(2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
-    packed_decode(
-        torch.zeros(2, shapes.conv_channels, dtype=shapes.dtype, device=device),
-        gates,
-        gates,
-        **shapes.gate_parameters(device),
-        state=warm_pool(shapes, device),
-        state_indices=torch.arange(2, dtype=shapes.index_dtype, device=device),
-        num_k_heads=shapes.num_k_heads,
-    )
+    for seed in shapes.rounding_seeds(device):
+        packed_decode(
+            torch.zeros(2, shapes.conv_channels, dtype=shapes.dtype, device=device),
+            gates,
+            gates,
+            **shapes.gate_parameters(device),
+            state=warm_pool(shapes, device),
+            state_indices=torch.arange(2, dtype=shapes.index_dtype, device=device),
+            num_k_heads=shapes.num_k_heads,
+            rounding_seed=seed,
+        )
 
 
 launch.register_warmup("packed_decode", _warm)

@@ -10,7 +10,7 @@ from gdn_kernels import launch
 from gdn_kernels.ops.chunk import FUNCTIONAL, GATES, PACKED, fake_functional, warm_pool, warm_tensors
 from gdn_kernels.ops.registry import define
 
-_OPTIONS = f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1"
+_OPTIONS = f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1, Tensor? rounding_seed=None"
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
@@ -91,6 +91,7 @@ def recurrent_gated_delta_rule_paged(
     dt_bias: torch.Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gated delta rule for a few tokens a sequence on a state pool, in place: decode and verify.
 
@@ -104,11 +105,19 @@ def recurrent_gated_delta_rule_paged(
             the state after token i goes to ``state_indices[n, i]``. An index equal to ``pad_slot_id``, negative or
             past the pool is padding: where read, the row's output is zero and nothing is written; where only written,
             that state is not kept.
-        write_indices: ``[N]``, the slot written, with ``state_indices`` ``[N]`` only. No row may write a slot that
-            another row reads.
+        write_indices: ``[N]``, the slot written, with ``state_indices`` ``[N]`` only.
+        No row may write a slot that another row reads or writes: rows have no order, so what it holds, and what the
+        other row reads, is then undefined. ``launch.debug_checks()`` refuses such indices.
         num_accepted_tokens: ``[N]`` int32 or int64, with ``state_indices`` ``[N, t]`` only. A count outside ``1 .. t``
             makes the row inert: output zero, nothing written.
         has_initial_state: ``[N]`` bool; False: start from zeros whatever the slot holds.
+        rounding_seed: one int32 or int64 beside the state, which is bf16 or fp16: every state written is rounded
+            stochastically, each element to one of its two neighbours with the probability of the other's distance, so
+            that rounding has no bias over a long decode. What the dtype holds stays; past its largest number rounding
+            is to nearest. The random numbers are those of the seed, the slot written, the token's position in the call
+            and the element's head, row and column, whatever the batch: **give every step, and every layer, a seed of
+            its own**, or errors add up again. The kernel reads the tensor, so a captured graph sees the value it holds
+            at each replay. Warm-up: ``ModelShapes(stochastic_rounding=True)``.
 
     Returns:
         ``o`` in the shape and dtype of ``v``, contiguous.
@@ -134,6 +143,7 @@ def recurrent_gated_delta_rule_paged(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
 
 
@@ -157,6 +167,7 @@ def recurrent_gated_delta_rule_verify(
     dt_bias: torch.Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`recurrent_gated_delta_rule_paged` for drafted tokens: the pool is left alone, states go to a buffer.
 
@@ -167,6 +178,9 @@ def recurrent_gated_delta_rule_verify(
         intermediate_indices: ``[N]``, the row m of each sequence; default n. Outside the buffer: nothing is stored.
         parents: ``[N, t]`` int32 or int64, a tree of drafts: token i starts from the stored state of token
             ``parents[n, i]``, or from the slot's where that is outside ``[0, i)``. Default: token i follows i - 1.
+        rounding_seed: as above, for ``intermediate_states`` of bf16 or fp16, with the buffer's row in place of the slot
+            and the step as position. A chain goes on from the unrounded state, a tree from the stored one.
+        No two sequences may share a row of the buffer (undefined; ``launch.debug_checks()`` refuses it).
 
     Returns:
         ``o`` in the shape and dtype of ``v``, contiguous.
@@ -190,6 +204,7 @@ def recurrent_gated_delta_rule_verify(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
 
 
@@ -199,9 +214,19 @@ def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     slots = offsets[:2].clone()
     for l2norm in (False, True):
         recurrent_gated_delta_rule(q, k, v, g, beta, cu_seqlens=offsets, use_qk_l2norm=l2norm)
-        recurrent_gated_delta_rule_paged(
-            q, k, v, g, beta, warm_pool(shapes, device), slots, cu_seqlens=offsets, use_qk_l2norm=l2norm
-        )
+        for seed in shapes.rounding_seeds(device):
+            recurrent_gated_delta_rule_paged(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                warm_pool(shapes, device),
+                slots,
+                cu_seqlens=offsets,
+                use_qk_l2norm=l2norm,
+                rounding_seed=seed,
+            )
 
 
 def _warm_drafts(shapes: launch.ModelShapes, device: torch.device) -> None:
@@ -213,13 +238,14 @@ def _warm_drafts(shapes: launch.ModelShapes, device: torch.device) -> None:
     raw = torch.zeros(2, drafts, shapes.num_v_heads, dtype=shapes.dtype, device=device)
     table = torch.zeros(2, drafts, dtype=shapes.index_dtype, device=device)
     kept = pool[:, None].expand(2, drafts, *pool.shape[1:]).contiguous()
-    options = {"use_qk_l2norm": True, **shapes.gate_parameters(device)}
-    for accepted in (None, table[:, 0].contiguous()):
-        recurrent_gated_delta_rule_paged(*rows, raw, raw, pool, table - 1, num_accepted_tokens=accepted, **options)
-    for tree in (None, table):
-        recurrent_gated_delta_rule_verify(
-            *rows, raw, raw, pool, kept, table[:, 0].contiguous(), parents=tree, **options
-        )
+    for seed in shapes.rounding_seeds(device):
+        options = {"use_qk_l2norm": True, "rounding_seed": seed, **shapes.gate_parameters(device)}
+        for accepted in (None, table[:, 0].contiguous()):
+            recurrent_gated_delta_rule_paged(*rows, raw, raw, pool, table - 1, num_accepted_tokens=accepted, **options)
+        for tree in (None, table):
+            recurrent_gated_delta_rule_verify(
+                *rows, raw, raw, pool, kept, table[:, 0].contiguous(), parents=tree, **options
+            )
 
 
 launch.register_warmup("recurrent_gated_delta_rule", _warm)

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,17 +77,91 @@ def default_scale(scale: float | None, K: int) -> float:
     return K**-0.5 if scale is None else scale
 
 
-def load_state(pool: Tensor, slot: int, keep: bool, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """State [HV, V, K] to work on: the slot itself where asked and possible, or a copy; zeros if not ``keep``."""
+def load_state(pool: Tensor, slot: int, keep: bool, work: Tensor, in_place: bool = False) -> Tensor:
+    """State [HV, V, K] to work on: the slot itself where asked and possible, else ``work`` with what it holds.
+
+    Zeros if not ``keep``. One ``work`` serves a whole call: fresh memory for each state costs more than the arithmetic.
+    """
     if not keep:
-        return torch.zeros(pool.shape[1:], dtype=dtype)
-    return pool[slot].to(dtype, copy=not in_place)
+        return work.zero_()
+    if in_place and pool.dtype == work.dtype:
+        return pool[slot]
+    return work.copy_(pool[slot])
 
 
-def store_state(pool: Tensor, slot: int, state: Tensor) -> None:
-    target = pool[slot]
-    if target.data_ptr() != state.data_ptr():
+def store_state(target: Tensor, state: Tensor, draw: Draw | None = None) -> None:
+    """Write ``state`` to the slot ``target``, to nearest or with the random numbers of ``draw``."""
+    if target.data_ptr() == state.data_ptr():
+        return
+    if draw is None or target.dtype not in ROUNDED_DTYPES:
         target.copy_(state)
+    else:
+        target.copy_(round_stochastically(state.to(torch.float32), draw.bits(state.shape), target.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stochastic rounding, with the random numbers of the kernels (kernels/_math.py)
+# ---------------------------------------------------------------------------------------------------------------
+
+ROUNDED_DTYPES = (torch.bfloat16, torch.float16)
+_WORD = 0xFFFFFFFF
+
+
+def philox(seed: int, counter: Sequence[Tensor]) -> list[Tensor]:
+    """Philox 4x32-10: four words of 32 random bits for each counter of four such words, all in int64.
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # a product of two words fills 64 bits; that it wraps to a negative number changes none of them
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((b >> 32) & _WORD) ^ c1 ^ low, b & _WORD
+        c2, c3 = ((a >> 32) & _WORD) ^ c3 ^ high, a & _WORD
+        low, high = (low + 0x9E3779B9) & _WORD, (high + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which random numbers round a state: those of a seed, a slot (or row of a buffer) and a token of the call."""
+
+    seed: int
+    slot: int
+    token: int
+
+    def bits(self, shape: torch.Size) -> Tensor:
+        """16 random bits for each element of a state, int32: eight neighbours share one call of Philox."""
+        octets = torch.arange(math.prod(shape) // 8)
+        slot, token = torch.tensor(self.slot), torch.tensor(self.token)
+        words = torch.stack(philox(self.seed, (octets, slot, token, torch.tensor(0))), -1)
+        return torch.stack([words & 0xFFFF, words >> 16], -1).view(shape).to(torch.int32)
+
+
+def draw(rounding_seed: Tensor | None, slot: int, token: int) -> Draw | None:
+    return None if rounding_seed is None else Draw(int(rounding_seed), slot, token)
+
+
+def round_stochastically(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 ``x`` to bf16 or fp16: away from zero where random ``bits``, added below the last place kept, carry into it.
+
+    What the dtype holds, infinities too, stays; past its largest number, that or infinity, by the same rule.
+    """
+    if dtype == torch.bfloat16:
+        pattern = (x.view(torch.int32) + bits) & -0x10000
+        rounded = pattern.view(torch.float32)
+    else:
+        # below 2^-14 the spacing stays that of 2^-14
+        offset = torch.where(x.abs() < 2.0**-14, 2.0**-14, 0.0)
+        pattern = ((x.abs() + offset).view(torch.int32) + (bits >> 3)) & -0x2000
+        rounded = torch.copysign(pattern.view(torch.float32) - offset, x)
+    return torch.where(x.isnan(), x, rounded).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Operands of the delta rule
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def delta_inputs(
@@ -99,9 +176,9 @@ def delta_inputs(
     dt_bias: Tensor | None = None,
     beta_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Some tokens' operands [L, HV, ...] in the compute dtype: heads expanded, l2norm and raw gates applied.
+    """Some tokens' operands [..., HV, *] in the compute dtype: heads expanded, l2norm and raw gates applied.
 
-    It takes real tokens only, so that what padding holds is never read.
+    A token's are its own: what another one holds, padding's NaN too, does not reach them.
     """
     dtype = compute_dtype(q)
     q, k = q.to(dtype), k.to(dtype)

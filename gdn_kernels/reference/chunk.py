@@ -186,12 +186,12 @@ def _paged(tensors, state, out, cu_seqlens, slots, scale, options, keep=None) ->
         out[0, written:start].zero_()
         written = end
         inputs = _math.delta_inputs(*(x[0, start:end] for x in tensors), **options)
-        S = _math.load_state(state, reads[n], keeps[n], dtype)
+        S = _math.load_state(state, reads[n], keeps[n], torch.empty(state.shape[1:], dtype=dtype))
         for done in _sequence(inputs, S, scale, out[0, start:end]):
             if checkpoints is not None and done % interval == 0:
                 row = offsets[n] + done // interval - 1
                 if 0 <= row < min(offsets[n + 1], len(checkpoints)):
                     checkpoints[row].copy_(S)
         if writes[n] >= 0:
-            _math.store_state(state, writes[n], S)
+            _math.store_state(state[writes[n]], S)
     out[0, written:].zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gdn_kernels.reference import _math
@@ -21,6 +22,7 @@ def packed_decode(
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     pad_slot_id: int = -1,
+    rounding_seed: Tensor | None = None,
 ) -> Tensor:
     """Gate, sigmoid, l2norm and one token of the gated delta rule for each row; use it for decode.
 
@@ -39,9 +41,9 @@ def packed_decode(
     inputs = _math.delta_inputs(q, k, v, a[rows], b[rows], use_qk_l2norm=use_qk_l2norm, A_log=A_log, dt_bias=dt_bias)
 
     o = mixed_qkv.new_zeros(mixed_qkv.shape[0], HV, V)
-    # Row by row a state stays in the cache for all passes over it, and its bits cannot depend on the batch.
+    initial, work = torch.empty(2, HV, V, K, dtype=dtype)
     for row, slot, *token in zip(rows.tolist(), slots[rows].tolist(), *inputs, strict=True):
-        S = _math.load_state(state, slot, True, dtype, in_place=True)
-        o[row] = step(S, *token, scale)
-        _math.store_state(state, slot, S)
+        S = _math.load_state(state, slot, True, initial, in_place=True)
+        o[row] = step(S, *token, scale, work)
+        _math.store_state(state[slot], S, _math.draw(rounding_seed, slot, 0))
     return o

@@ -12,13 +12,17 @@ from torch import Tensor
 from gdn_kernels.reference import _math
 
 
-def step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> Tensor:
-    """One token: updates S [HV, V, K] in place and returns o [HV, V]; q, k [HV, K], v [HV, V], g, beta [HV]."""
+def step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, work: Tensor) -> Tensor:
+    """One token: updates S [HV, V, K] in place and returns o [HV, V]; q, k [HV, K], v [HV, V], g, beta [HV].
+
+    ``work`` has the shape of S and is overwritten. A state at a time stays in the cache for all passes over it, and its
+    bits cannot depend on the batch.
+    """
     q, k = q[:, None, :], k[:, None, :]
     S.mul_(torch.exp(g)[:, None, None])
-    error = v - (S * k).sum(-1)
-    S.add_((beta[:, None] * error)[:, :, None] * k)
-    return scale * (S * q).sum(-1)
+    error = v - torch.mul(S, k, out=work).sum(-1)
+    S.addcmul_((beta[:, None] * error)[:, :, None], k)
+    return scale * torch.mul(S, q, out=work).sum(-1)
 
 
 def recurrent_gated_delta_rule(
@@ -49,11 +53,30 @@ def recurrent_gated_delta_rule(
     if initial_state is not None:
         final_state.copy_(initial_state)
     options = {"use_qk_l2norm": use_qk_l2norm, "A_log": A_log, "dt_bias": dt_bias, "beta_scale": beta_scale}
+    work = final_state.new_empty(final_state.shape[1:])
     for (row, start, end), S in zip(sequences, final_state, strict=True):
         inputs = _math.delta_inputs(*(x[row, start:end] for x in (q, k, v, g, beta)), **options)
         for i, token in enumerate(zip(*inputs, strict=True)):
-            o[row, start + i] = step(S, *token, scale)
+            o[row, start + i] = step(S, *token, scale, work)
     return o, final_state
+
+
+def _tokens(
+    sequences: list[tuple[int, int, int]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    beta_scale: float,
+) -> tuple[Tensor, ...]:
+    """Operands of all tokens up to the last sequence's end: one pass over them, since each row has but a few."""
+    end = max((end for *_, end in sequences), default=0)
+    options = {"use_qk_l2norm": use_qk_l2norm, "A_log": A_log, "dt_bias": dt_bias, "beta_scale": beta_scale}
+    return _math.delta_inputs(*(x[:, :end] for x in (q, k, v, g, beta)), **options)
 
 
 def recurrent_gated_delta_rule_paged(
@@ -75,6 +98,7 @@ def recurrent_gated_delta_rule_paged(
     dt_bias: Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: Tensor | None = None,
 ) -> Tensor:
     """The rule on a state pool, in place; use it for decode and for verify with a slot a token.
 
@@ -97,18 +121,20 @@ def recurrent_gated_delta_rule_paged(
         reads = [row[count - 1] if 1 <= count <= len(row) else -1 for row, count in zip(writes, accepted, strict=True)]
 
     o = v.new_zeros(v.shape)
-    options = {"use_qk_l2norm": use_qk_l2norm, "A_log": A_log, "dt_bias": dt_bias, "beta_scale": beta_scale}
+    inputs = _tokens(sequences, q, k, v, g, beta, use_qk_l2norm, A_log, dt_bias, beta_scale)
+    initial, work = torch.empty(2, *state.shape[1:], dtype=dtype)
     for n, (row, start, end) in enumerate(sequences):
         if reads[n] < 0 or start == end:
             continue
-        inputs = _math.delta_inputs(*(x[row, start:end] for x in (q, k, v, g, beta)), **options)
-        S = _math.load_state(state, reads[n], keeps[n], dtype, in_place=not per_token and writes[n] == reads[n])
-        for i, token in enumerate(zip(*inputs, strict=True)):
-            o[row, start + i] = step(S, *token, scale)
-            if per_token and i < len(writes[n]) and writes[n][i] >= 0:
-                _math.store_state(state, writes[n][i], S)
-        if not per_token and writes[n] >= 0:
-            _math.store_state(state, writes[n], S)
+        S = _math.load_state(state, reads[n], keeps[n], initial, in_place=not per_token and writes[n] == reads[n])
+        for i, token in enumerate(zip(*(x[row, start:end] for x in inputs), strict=True)):
+            o[row, start + i] = step(S, *token, scale, work)
+            if not per_token:
+                slot = writes[n] if start + i == end - 1 else -1
+            else:
+                slot = writes[n][i] if i < len(writes[n]) else -1
+            if slot >= 0:
+                _math.store_state(state[slot], S, _math.draw(rounding_seed, slot, i))
     return o
 
 
@@ -132,6 +158,7 @@ def recurrent_gated_delta_rule_verify(
     dt_bias: Tensor | None = None,
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
+    rounding_seed: Tensor | None = None,
 ) -> Tensor:
     """The rule over draft tokens, a chain or a tree, that leaves the pool alone; use it for verify.
 
@@ -148,21 +175,21 @@ def recurrent_gated_delta_rule_verify(
     tree = None if parents is None else parents.tolist()
 
     o = v.new_zeros(v.shape)
-    options = {"use_qk_l2norm": use_qk_l2norm, "A_log": A_log, "dt_bias": dt_bias, "beta_scale": beta_scale}
+    inputs = _tokens(sequences, q, k, v, g, beta, use_qk_l2norm, A_log, dt_bias, beta_scale)
+    initial, S, work = torch.empty(3, *state.shape[1:], dtype=dtype)
     for n, (row, start, end) in enumerate(sequences):
         if reads[n] < 0 or start == end:
             continue
-        inputs = _math.delta_inputs(*(x[row, start:end] for x in (q, k, v, g, beta)), **options)
         # How many of the row's states are stored: its buffer's length, or none where it has no buffer.
         stored = intermediate_states.shape[1] if targets[n] >= 0 else 0
-        initial = _math.load_state(state, reads[n], keeps[n], dtype)
-        S = initial.clone()
-        for i, token in enumerate(zip(*inputs, strict=True)):
+        S.copy_(_math.load_state(state, reads[n], keeps[n], initial))
+        for i, token in enumerate(zip(*(x[row, start:end] for x in inputs), strict=True)):
             if tree is not None:
                 parent = tree[n][i] if i < len(tree[n]) else -1
                 follows = 0 <= parent < min(i, stored)
                 S.copy_(intermediate_states[targets[n], parent] if follows else initial)
-            o[row, start + i] = step(S, *token, scale)
+            o[row, start + i] = step(S, *token, scale, work)
             if i < stored:
-                intermediate_states[targets[n], i].copy_(S)
+                draw = _math.draw(rounding_seed, targets[n], i)
+                _math.store_state(intermediate_states[targets[n], i], S, draw)
     return o
