@@ -264,14 +264,13 @@ def recurrent_config(head_k_dim: int) -> RecurrentConfig:
     raise NotImplementedError(f"head_k_dim must be at most {RECURRENT_LADDER[-1][0]}, got {head_k_dim}")
 
 
-# Elements K * V of a head's state -> configuration: 64 elements of state a thread in flight, what fits 128 registers
-# with 16 warps. Compiled for sm_90, not yet searched on a GPU.
+# Elements K * V of a head's state -> configuration: at most 64 elements of state a thread in flight, what fits the 128
+# registers of 16 warps; larger heads go by blocks of rows. Compiled for sm_90, not yet searched on a GPU.
 STEP_LADDER = (
     (64 * 64, StepConfig(block_v=64, ahead=4, num_warps=8)),
     (64 * 128, StepConfig(block_v=128, ahead=2, num_warps=8)),
     (128 * 128, StepConfig(block_v=256, ahead=2, num_warps=16)),
-    (128 * 256, StepConfig(block_v=256, ahead=1, num_warps=16)),
-    (256 * 256, StepConfig(block_v=128, ahead=1, num_warps=16)),
+    (256 * 256, StepConfig(block_v=64, ahead=1, num_warps=16)),
 )
 
 

@@ -34,9 +34,5 @@ for state_dtype, (K, V) in itertools.product(SHORT, SIZES):
 case("decode-step-fp8", fp8=True)(lambda: run(fp8=True))
 case("decode-step-time-last-gate-first")(lambda: run(layout="time", norm_before_gate=False, bias=True))
 
-# Three registers, on sm_80 alone.
-SPILL_BUDGET["decode-step-r4-fp32", "*"] = 16
-# A head of 128 x 256 or more is 64 elements of state a thread of 16 warps, and the rest does not all fit 128 registers.
-for name in ("128x256", "256x128", "256x256"):
-    for kind in SHORT.values():
-        SPILL_BUDGET[f"decode-step-{kind}-{name}", "*"] = 32
+# Four heads, two of them in flight, hold all 128 registers: a few more with Triton 3.9.0.
+SPILL_BUDGET["decode-step-r4-fp32", "*"] = 96

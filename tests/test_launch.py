@@ -127,6 +127,7 @@ def test_capture_mode_silences_debug_checks() -> None:
 LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
+    "step": launch.STEP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
 }
 CONFIGS = {
@@ -224,7 +225,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "target"}
+    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -237,6 +238,7 @@ FACTS = {
     "causal_conv1d": [()],
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
+    "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(target,) for target in TARGETS],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
 }
