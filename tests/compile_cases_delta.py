@@ -89,3 +89,6 @@ for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "gfx942"] = 384
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
+# Two sums side by side take more registers; on sm_100, with Triton 3.6.0, two and four too many.
+for name in ("recurrent-bf16-128x128", "recurrent-fp32-256x256"):
+    SPILL_BUDGET[name, 100] = 16
