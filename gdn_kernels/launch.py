@@ -243,18 +243,22 @@ def norm_config(group_size: int) -> NormConfig:
 GATING_CONFIG = RowsConfig(block_rows=32, num_warps=4)
 SPLIT_CONFIG = RowsConfig(block_rows=4, num_warps=4)
 
-# Four channels a thread (8 bytes of bf16) leave registers for 20 warps an SM, whose next 8 columns are 40 KB under way.
-# First settings, not yet searched on a GPU.
-CONV_CONFIG = ConvConfig(block_t=32, block_d=512, num_warps=4, group=8)
+# Four channels a thread (8 bytes of bf16). 8,192 channels of bf16, H100, 2026-11-23, us for 2,048, 8,192 and 32,768
+# tokens (the bytes alone: 22.4, 89.5, 358): 8 tokens 24.5, 91.1, 356; 16 tokens in one group 24.9, 91.7, 357; 32 tokens
+# in groups of 8 26.4, 95.4, 370, in groups of 4 29.4, 98.2, 381; 32 tokens of 1,024 channels 27.0, 98.3, 383.
+CONV_CONFIG = ConvConfig(block_t=8, block_d=512, num_warps=4, group=8)
 
 # Channels a program and warps of the update and the verify kernel. Four channels a thread take 32 registers for one new
-# token, so that an SM holds all its warps. First settings, not yet searched on a GPU.
-CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=512, num_warps=4)
+# token, so that an SM holds all its warps. H100, 2026-11-23, us for 1, 32, 128 and 256 rows of 8,192 channels, and 64
+# rows of 4 drafts verified: 256 channels in 2 warps 1.2, 3.0, 7.2, 13.6, 11.0; 512 in 4 1.3, 3.0, 7.2, 13.5, 11.1; 256
+# in 4 1.1, 3.0, 7.6, 13.9, 10.6; 1,024 in 4 1.4, 3.0, 7.6, 13.5, 11.3.
+CONV_UPDATE_CONFIG = ConvConfig(block_t=1, block_d=256, num_warps=2)
 
 # Head size K -> rows of the state a program; 2,048 state elements in one warp, so that no barrier stands in the chain.
-# packed_decode, HV 32, K = V = 128, H100, 2026-11-23, us for (N 1 fp32, N 64 fp32, N 256 bf16 state): 16 rows in 1 warp
-# 4.9, 97, 192; 8 rows in 1 warp 4.2, 98, 219; 32 rows in 1 warp 5.5, 99, 204; 32 rows in 4 warps 4.4, 112, 275
-# (the bytes alone: 1.4, 89, 179).
+# packed_decode, HV 32, K = V = 128, H100, 2026-11-23, us for (N 1 and 256 with fp32, N 1, 32 and 256 with bf16 states;
+# the first of each from rotated pools): 16 rows 4.0, 370, 3.0, 18.5, 189; 8 rows 3.6, 369, 2.8, 21.0, 191. Before the
+# sums were fused: 4 rows 3.9, 369, 3.2, 40.8, 317; 32 rows in 4 warps 12 to 40 % slower than in 1 (the bytes alone:
+# 1.4, 358, 0.7, 22, 179).
 RECURRENT_LADDER = (
     (64, RecurrentConfig(block_v=32, num_warps=1)),
     (128, RecurrentConfig(block_v=16, num_warps=1)),
@@ -270,14 +274,13 @@ def recurrent_config(head_k_dim: int) -> RecurrentConfig:
     raise NotImplementedError(f"head_k_dim must be at most {RECURRENT_LADDER[-1][0]}, got {head_k_dim}")
 
 
-# Elements K * V of a head's state -> configuration: 64 elements of state a thread in flight, what fits 128 registers
-# with 16 warps. Compiled for sm_90, not yet searched on a GPU.
+# Elements K * V of a head's state -> configuration: at most 64 elements of state a thread in flight, what fits the 128
+# registers of 16 warps; larger heads go by blocks of rows. Compiled for sm_90, not yet searched on a GPU.
 STEP_LADDER = (
     (64 * 64, StepConfig(block_v=64, ahead=4, num_warps=8)),
     (64 * 128, StepConfig(block_v=128, ahead=2, num_warps=8)),
-    (128 * 128, StepConfig(block_v=256, ahead=2, num_warps=16)),
-    (128 * 256, StepConfig(block_v=256, ahead=1, num_warps=16)),
-    (256 * 256, StepConfig(block_v=128, ahead=1, num_warps=16)),
+    (128 * 128, StepConfig(block_v=128, ahead=2, num_warps=8)),
+    (256 * 256, StepConfig(block_v=64, ahead=1, num_warps=16)),
 )
 
 

@@ -98,3 +98,6 @@ for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
 # Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.
 for name in [name for name in COMPILE_CASES if "-rounded-" in name]:
     SPILL_BUDGET[name, "*"] = 32
+# Two sums side by side take more registers; on sm_100, with Triton 3.6.0, two and four too many.
+for name in ("recurrent-bf16-128x128", "recurrent-fp32-256x256"):
+    SPILL_BUDGET[name, 100] = 16

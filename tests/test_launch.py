@@ -127,6 +127,7 @@ def test_capture_mode_silences_debug_checks() -> None:
 LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
+    "step": launch.STEP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
 }
 CONFIGS = {
@@ -177,12 +178,23 @@ def test_the_limits_of_a_ladder_rise(name: str) -> None:
     assert limits == sorted(set(limits)) and all(map(power_of_two, limits))
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if name != "norm"])
+@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step")])
 def test_a_ladder_covers_every_head_size(name: str) -> None:
     assert tuple(limit for limit, _ in LADDERS[name]) == HEAD_DIMS
     for limit, config in LADDERS[name]:
         # V is never below 64, and a tile of state rows must divide it
         assert config.block_v <= 64, f"K = {limit}"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("head_v_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_k_dim", HEAD_DIMS)
+def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, target: Target) -> None:
+    config = launch.step_config(head_k_dim, head_v_dim, target)
+    assert head_v_dim % config.block_v == 0 and power_of_two(config.num_warps)
+    # 64 fp32 elements a thread in flight
+    lanes = 64 if target.backend == "hip" else 32
+    assert config.block_v * head_k_dim * config.ahead <= 64 * lanes * config.num_warps
 
 
 @pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
@@ -224,7 +236,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "target"}
+    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -237,6 +249,7 @@ FACTS = {
     "causal_conv1d": [()],
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
+    "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(target,) for target in TARGETS],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
 }

@@ -69,23 +69,19 @@ def row_dot(x, y):
 
 @triton.jit
 def delta_step(S, q, k, v, g, beta, scale):
-    """One token: the new state and the output. S is [.., rows, K]; v [.., rows], q and k [.., K], g and beta [..].
+    """One token: the new state and the output. S is [rows, .., K], q and k [.., K], v [rows, ..].
 
     Both sums are over the old state, so that they run side by side: S' q = decay S q + delta (k q). Sums have a fixed
     order, kernels are launched without fused products, and the fused ones are spelled out: so a token has the same bits
     in whichever kernel it runs.
     """
-    axis: tl.constexpr = len(S.shape) - 1
     decay = tl.exp(g)
-    k_row = tl.expand_dims(k, axis - 1)
+    k_row = tl.expand_dims(k, 0)
     kS = row_dot(S, k_row)
-    qS = row_dot(S, tl.expand_dims(q, axis - 1))
-    qk = row_sum(q * k)
-    if axis > 1:
-        qk = tl.expand_dims(qk, axis - 1)
+    qS = row_dot(S, tl.expand_dims(q, 0))
     delta = beta * tl.fma(-decay, kS, v)
-    S = tl.fma(tl.expand_dims(delta, axis), k_row, decay * S)
-    return S, scale * tl.fma(qk, delta, decay * qS)
+    S = tl.fma(tl.expand_dims(delta, len(S.shape) - 1), k_row, decay * S)
+    return S, scale * tl.fma(row_sum(q * k), delta, decay * qS)
 
 
 @triton.jit

@@ -25,10 +25,16 @@ from gdn_kernels.kernels.recurrent import L2NORM_EPS, delta_step
 
 
 @triton.jit
-def _rows_of(hv, P: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr):
-    """Offsets ``[GROUPS, P, K]`` of GROUPS * P rows of value head hv's state, and the rows ``[GROUPS, P]``."""
-    rows = tl.arange(0, GROUPS)[:, None] * P + tl.arange(0, P)[None, :]
-    return ((hv * V + rows) * K)[:, :, None] + tl.arange(0, K)[None, None, :], rows
+def _token(state, inner, tile, values, rows, q, k, g, beta, scale, valid, GROUPS: tl.constexpr):
+    """One token on a tile of the state, stored back; its outputs. q and k stand once for each of GROUPS rows, which are
+    those that the warps hold side by side: as parts of S they need no exchange."""
+    P: tl.constexpr = tile.shape[0] // GROUPS
+    S = tl.reshape(tile.to(tl.float32), [P, GROUPS, tile.shape[1]])
+    v = tl.reshape(tl.load(values + rows).to(tl.float32), [P, GROUPS])
+    S, o = delta_step(S, q, k, v, g, beta, scale)
+    S = tl.reshape(S, [tile.shape[0], tile.shape[1]]).to(state.dtype.element_ty)
+    tl.store(state + inner, S, mask=valid)
+    return tl.reshape(o, [tile.shape[0]])
 
 
 @triton.jit(
@@ -85,7 +91,6 @@ def decode_step_kernel(
 ):
     R: tl.constexpr = HV // H
     D: tl.constexpr = 2 * H * K + HV * V
-    P: tl.constexpr = BLOCK_V // GROUPS
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     h = tl.program_id(0) % H
     n = (tl.program_id(0) // H).to(tl.int64)
@@ -94,7 +99,8 @@ def decode_step_kernel(
     d = tl.where(c < 2 * K, tl.where(c < K, h * K, H * K + h * K - K), 2 * H * K + h * R * V - 2 * K) + c
     is_channel = c < 2 * K + R * V
     columns = tl.arange(0, K)[None, :] + tl.zeros([GROUPS, K], tl.int32)
-    inner, rows = _rows_of(h * R, P, GROUPS, K, V)
+    rows = tl.arange(0, BLOCK_V)
+    inner = rows[:, None] * K + tl.arange(0, K)[None, :]
 
     wait_for_inputs(PDL)
     slot = tl.load(state_indices_ptr + n).to(tl.int64)
@@ -102,7 +108,7 @@ def decode_step_kernel(
     valid = is_slot(slot, num_slots, pad_slot_id)
     window = conv_state_ptr + slot * stride_s_slot + d * stride_s_d
     known = is_channel & valid
-    state = state_ptr + slot * stride_state
+    state = state_ptr + slot * stride_state + h * (R * V * K)
     # Windows come first, they are needed first; then as much of the state as is to be in flight at once.
     acc = tl.zeros([BLOCK_C], tl.float32)
     if conv_bias_ptr is not None:
@@ -117,7 +123,7 @@ def decode_step_kernel(
     old = old + (x.to(tl.float32),)
     tiles = ()
     for i in tl.static_range(AHEAD):
-        tiles = tiles + (tl.load(state + inner + i * V * K, mask=valid, other=0.0),)
+        tiles = tiles + (tl.load(state + i * V * K + inner, mask=valid, other=0.0),)
 
     for j in tl.static_range(W):
         acc = tl.fma(taps[j], old[j], acc)
@@ -151,22 +157,18 @@ def decode_step_kernel(
         beta = sigmoid(b)
         values = mixed + 2 * H * K + hv * V
         if BLOCK_V == V:
-            v = tl.load(values + rows).to(tl.float32)
-            S, o = delta_step(tiles[i].to(tl.float32), q, k, v, g, beta, scale)
-            tl.store(state + inner + i * V * K, S.to(state_ptr.dtype.element_ty), mask=valid)
+            head = state + i * V * K
+            o = _token(head, inner, tiles[i], values, rows, q, k, g, beta, scale, valid, GROUPS)
             if i + AHEAD < R:
-                tiles = tiles + (tl.load(state + inner + (i + AHEAD) * V * K, mask=valid, other=0.0),)
-            o = tl.reshape(o, [V])
+                tiles = tiles + (tl.load(head + AHEAD * V * K + inner, mask=valid, other=0.0),)
         else:
             parts = tl.arange(0, V // BLOCK_V)[:, None]
             all_o = tl.zeros([V // BLOCK_V, BLOCK_V], tl.float32)
             for part in range(V // BLOCK_V):
-                some_v = tl.load(values + part * BLOCK_V + rows).to(tl.float32)
-                block = state + inner + (i * V + part * BLOCK_V) * K
-                block_S = tl.load(block, mask=valid, other=0.0).to(tl.float32)
-                block_S, some_o = delta_step(block_S, q, k, some_v, g, beta, scale)
-                tl.store(block, block_S.to(state_ptr.dtype.element_ty), mask=valid)
-                all_o = tl.where(parts == part, tl.reshape(some_o, [BLOCK_V])[None, :], all_o)
+                block = state + (i * V + part * BLOCK_V) * K
+                tile = tl.load(block + inner, mask=valid, other=0.0)
+                part_o = _token(block, inner, tile, values + part * BLOCK_V, rows, q, k, g, beta, scale, valid, GROUPS)
+                all_o = tl.where(parts == part, part_o[None, :], all_o)
             o = tl.reshape(all_o, [V])
         u = tl.where((heads == i)[:, None], o.to(dtype).to(tl.float32)[None, :], u)
 
