@@ -37,16 +37,14 @@ def decode(model: str, rows: int, state_dtype: torch.dtype = torch.float32, roun
 
 CASES = pick(
     on_gpu=[
-        *(decode("qwen3-next-tp1", rows) for rows in (1, 8, 32, 64, 128, 256)),
         *(
-            decode("qwen3-next-tp1", rows, torch.bfloat16, rounded)
-            for rows in (1, 32, 128)
-            for rounded in (False, True)
+            decode(model, rows, state_dtype)
+            for model in ("qwen3-next-tp1", "qwen3.5-tp4", "qwen3.5-tp1")
+            for rows in (1, 8, 32, 128, 256)
+            for state_dtype in (torch.float32, torch.bfloat16)
         ),
-        decode("qwen3-next-tp4", 1),
+        *(decode("qwen3-next-tp1", rows, torch.bfloat16, rounded=True) for rows in (1, 32, 128)),
         decode("qwen3-next-tp4", 64),
-        decode("qwen3.5-tp1", 32),
-        decode("qwen3.5-tp1", 128),
         decode("qwen3.5-tp8", 128),
     ],
     on_cpu=[

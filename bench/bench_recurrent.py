@@ -21,17 +21,17 @@ def functional(model: str, sequences: str) -> Case:
     return Case("recurrent_gated_delta_rule", f"{model}-recurrent-{sequences}", inputs, **some_heads(shape))
 
 
-def paged(model: str, rows: int) -> Case:
-    """One token a row, its slot read and written."""
+def paged(model: str, rows: int, tokens: int = 1) -> Case:
+    """A few tokens a row, its slot read before the first and written after the last."""
     shape = MODELS[model]
 
     def inputs(make: Inputs) -> Tensors:
         slots = make.slots(rows)
-        return {**make.delta(shape, rows, 1), "state": make.pool(shape, 2 * rows), "state_indices": slots}
+        return {**make.delta(shape, rows, tokens), "state": make.pool(shape, 2 * rows), "state_indices": slots}
 
     return Case(
         "recurrent_gated_delta_rule_paged",
-        f"{model}-recurrent-paged-n{rows}",
+        f"{model}-recurrent-paged-n{rows}" + (f"-t{tokens}-last" if tokens > 1 else ""),
         inputs,
         traffic={"state": 1.0},  # half the slots, read and written
         **some_heads(shape),
@@ -84,9 +84,11 @@ def verify(model: str, rows: int, drafts: int) -> Case:
 CASES = pick(
     on_gpu=[
         functional("qwen3-next-tp1", "16x16"),
-        paged("qwen3-next-tp1", 64),
+        *(paged("qwen3-next-tp1", 64, tokens) for tokens in (1, 4)),
         paged_drafts("qwen3-next-tp1", 16, 4),
+        *(paged_drafts("qwen3-next-tp1", 64, drafts) for drafts in (1, 4)),
         verify("qwen3-next-tp1", 16, 4),
+        *(verify("qwen3-next-tp1", 64, drafts) for drafts in (1, 4)),
         verify("qwen3-next-tp4", 64, 4),
     ],
     on_cpu=[

@@ -26,6 +26,7 @@ MODELS = {
     "qwen3-next-tp4": ModelShapes(4, 8),
     "qwen3-next-tp8": ModelShapes(2, 4),
     "qwen3.5-tp1": ModelShapes(16, 64),
+    "qwen3.5-tp4": ModelShapes(4, 16),
     "qwen3.5-tp8": ModelShapes(2, 8),
 }
 

@@ -25,16 +25,16 @@ from gdn_kernels.kernels.recurrent import L2NORM_EPS, delta_step
 
 
 @triton.jit
-def _token(state, inner, tile, values, rows, q, k, g, beta, scale, valid, GROUPS: tl.constexpr):
+def _token(state, inner, tile, values, q, k, g, beta, scale, valid, GROUPS: tl.constexpr):
     """One token on a tile of the state, stored back; its outputs. q and k stand once for each of GROUPS rows, which are
     those that the warps hold side by side: as parts of S they need no exchange."""
     P: tl.constexpr = tile.shape[0] // GROUPS
     S = tl.reshape(tile.to(tl.float32), [P, GROUPS, tile.shape[1]])
-    v = tl.reshape(tl.load(values + rows).to(tl.float32), [P, GROUPS])
-    S, o = delta_step(S, q, k, v, g, beta, scale)
+    v = tl.load(values + tl.arange(0, GROUPS)[:, None] * P + tl.arange(0, P)[None, :])
+    S, o = delta_step(S, q, k, tl.trans(v).to(tl.float32), g, beta, scale)
     S = tl.reshape(S, [tile.shape[0], tile.shape[1]]).to(state.dtype.element_ty)
     tl.store(state + inner, S, mask=valid)
-    return tl.reshape(o, [tile.shape[0]])
+    return tl.reshape(tl.trans(o), [tile.shape[0]])
 
 
 @triton.jit(
@@ -99,7 +99,8 @@ def decode_step_kernel(
     d = tl.where(c < 2 * K, tl.where(c < K, h * K, H * K + h * K - K), 2 * H * K + h * R * V - 2 * K) + c
     is_channel = c < 2 * K + R * V
     columns = tl.arange(0, K)[None, :] + tl.zeros([GROUPS, K], tl.int32)
-    rows = tl.arange(0, BLOCK_V)
+    # A thread's rows follow one another, so that their values are one load.
+    rows = tl.arange(0, BLOCK_V) % GROUPS * (BLOCK_V // GROUPS) + tl.arange(0, BLOCK_V) // GROUPS
     inner = rows[:, None] * K + tl.arange(0, K)[None, :]
 
     wait_for_inputs(PDL)
@@ -158,7 +159,7 @@ def decode_step_kernel(
         values = mixed + 2 * H * K + hv * V
         if BLOCK_V == V:
             head = state + i * V * K
-            o = _token(head, inner, tiles[i], values, rows, q, k, g, beta, scale, valid, GROUPS)
+            o = _token(head, inner, tiles[i], values, q, k, g, beta, scale, valid, GROUPS)
             if i + AHEAD < R:
                 tiles = tiles + (tl.load(head + AHEAD * V * K + inner, mask=valid, other=0.0),)
         else:
@@ -167,7 +168,7 @@ def decode_step_kernel(
             for part in range(V // BLOCK_V):
                 block = state + (i * V + part * BLOCK_V) * K
                 tile = tl.load(block + inner, mask=valid, other=0.0)
-                part_o = _token(block, inner, tile, values + part * BLOCK_V, rows, q, k, g, beta, scale, valid, GROUPS)
+                part_o = _token(block, inner, tile, values + part * BLOCK_V, q, k, g, beta, scale, valid, GROUPS)
                 all_o = tl.where(parts == part, part_o[None, :], all_o)
             o = tl.reshape(all_o, [V])
         u = tl.where((heads == i)[:, None], o.to(dtype).to(tl.float32)[None, :], u)
