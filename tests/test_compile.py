@@ -66,8 +66,8 @@ WIDE = {16: r"v4\.[bf]32|v2\.[bf]64|b128|v8\.b16", 8: r"v2\.[bf]32|[bf]64|v4\.b1
         pytest.param("norm-fp8-128", 16, 2, 0, id="norm-fp8-x-and-strided-z"),
         pytest.param("l2norm-128", 16, 1, 1, id="l2norm"),
         pytest.param("split-r2", 16, 2, 2, id="split-v-z"),
-        # four channels a thread: three columns and twice 8 of a run; an edge's 9 columns, its outputs and its window
-        pytest.param("conv-channel-last", 8, 3 + 16 + 9, 8 + 3 + 3, id="conv-tokens"),
+        # four channels a thread: three columns and 8 of a run; an edge's 9 columns, its outputs and its window
+        pytest.param("conv-channel-last", 8, 3 + 8 + 9, 8 + 3 + 3, id="conv-tokens"),
         pytest.param("conv-channel-last", 16, 2 * 2, 0, id="conv-weights"),
         pytest.param("conv-update-1", 8, 4, 4, id="conv-update-tokens-and-windows"),
         pytest.param("conv-verify-16-tree", 16, 0, 16, id="conv-verify-windows"),
