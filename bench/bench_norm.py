@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import peers
 import pytest
+import timing
 import torch
-from cases import MODELS, Case, Inputs, Tensors, pick, some_rows
+from cases import DEVICE, DTYPE, MODELS, ON_GPU, Case, Inputs, Tensors, pick, some_rows
+
+import gdn_kernels
 
 
 def norm(model: str, tokens: int, *, out: bool = False) -> Case:
@@ -72,3 +78,53 @@ CASES = pick(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm(case, measure):
     measure(case)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Side by side: RMS norm of 128 columns times silu(z) by every provider that imports here
+# ---------------------------------------------------------------------------------------------------------------
+
+Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def ours(x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return gdn_kernels.layer_norm_gated(x, weight, None, z, norm_before_gate=True)
+
+
+def eager(x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    u, w, gate = (y if y.dtype is torch.float64 else y.float() for y in (x, weight, z))
+    u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + 1e-6)
+    return (u * w * torch.nn.functional.silu(gate)).to(x.dtype)
+
+
+def fla() -> Norm:
+    function = importlib.import_module("fla.modules.fused_norm_gate").rms_norm_gated
+    return lambda x, weight, z: function(x, z, weight, None, activation="swish", eps=1e-6)
+
+
+PROVIDERS: dict[str, Callable[[], Norm]] = {"gdn_kernels": lambda: ours, "torch": lambda: eager, "fla": fla}
+
+
+@pytest.mark.parametrize("rows", (32, 512, 4096, 16384, 65536, 262144, 1048576) if ON_GPU else (32, 4096))
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_norm_of_each_provider(provider: str, rows: int, benchmark) -> None:
+    """GPU time over rotated buffers, and host time behind a queue that never runs dry, both in ``extra_info``."""
+    try:
+        norm = PROVIDERS[provider]()
+    except ImportError as error:
+        pytest.skip(f"{provider} does not import: {error}")
+    sets = timing.copies(3 * rows * 128 * DTYPE.itemsize) if ON_GPU else 1
+    tensors = []
+    for seed in range(sets):
+        make = Inputs(seed)
+        tensors.append((make.normal(rows, 128), make.normal(128), make.normal(rows, 128)))
+    with torch.no_grad():
+        error = (norm(*tensors[0]).double() - eager(*(x.double() for x in tensors[0]))).norm()
+        assert error <= 2.0**-7 * eager(*(x.double() for x in tensors[0])).norm()
+        facts = {"provider": provider, "rows": rows, "device": str(DEVICE), **timing.versions()}
+        facts["host_us"] = timing.queued_host_us(lambda: norm(*tensors[0]))
+        if ON_GPU:
+            facts["gpu_us"] = timing.graph_us([lambda each=each: norm(*each) for each in tensors], max(5, sets))
+        benchmark.group = f"norm of {rows} rows"
+        benchmark.extra_info.update(facts)
+        benchmark.pedantic(lambda: norm(*tensors[0]), setup=timing.synchronize, rounds=timing.HOST_ROUNDS)

@@ -116,6 +116,11 @@ def kernels_us(call: Call, repeats: int = 10) -> dict[str, float]:
     return found
 
 
+def copies(moved: int) -> int:
+    """Sets of buffers to rotate for a call that moves so many bytes."""
+    return min(MAX_COPIES, math.ceil(ROTATED_BYTES / moved))
+
+
 def floor_us(moved: int) -> float:
     """The least time in us for so many bytes of device memory traffic."""
     return moved / BANDWIDTH * 1e6
@@ -135,13 +140,12 @@ def prepare(case: Case) -> tuple[Call, dict[str, Any]]:
     facts |= {"checked": case.checked, "relative_error": error}
     if not ON_GPU:
         return call, facts | {"time": "whole call on a CPU, small shapes"}
-    floor = floor_us(moved)
-    copies = min(MAX_COPIES, math.ceil(ROTATED_BYTES / moved))
-    count = max(5, copies, min(MAX_COPIES, math.ceil(GRAPH_US / floor)))
-    calls = [call, *(case.bind(case.inputs(cases.Inputs(seed))) for seed in range(1, copies))]
+    floor, sets = floor_us(moved), copies(moved)
+    count = max(5, sets, min(MAX_COPIES, math.ceil(GRAPH_US / floor)))
+    calls = [call, *(case.bind(case.inputs(cases.Inputs(seed))) for seed in range(1, sets))]
     measured = graph_us(calls, count)
-    facts |= {"time": "host time of one eager call into an empty queue", "copies": copies, "calls": count}
+    facts |= {"time": "host time of one eager call into an empty queue", "copies": sets, "calls": count}
     facts |= {"gpu_us": measured, "floor_us": floor, "ratio": measured / floor}
-    if copies > 1:
+    if sets > 1:
         facts["gpu_us_one_buffer"] = graph_us(calls[:1], count)
     return call, facts | {"peers_us": dict(case.peers)}

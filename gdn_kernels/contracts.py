@@ -795,9 +795,19 @@ def decode_step(
     conv_activation: str | None = "silu",
     norm_activation: str = "silu",
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> None:
     packed_decode(
-        mixed_qkv, a, b, A_log, dt_bias, state, state_indices, num_k_heads=num_k_heads, pad_slot_id=pad_slot_id
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        state_indices,
+        num_k_heads=num_k_heads,
+        pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     rows, channels = mixed_qkv.shape
     num_v_heads, head_v_dim = state.shape[1:3]

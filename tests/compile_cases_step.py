@@ -29,6 +29,7 @@ for K, V, state_dtype in ((64, 64, torch.bfloat16), (128, 256, torch.float32), (
     case(f"decode-step-{SHORT[state_dtype]}-{K}x{V}")(
         lambda K=K, V=V, state_dtype=state_dtype: run(K=K, V=V, state_dtype=state_dtype)
     )
+case("decode-step-rounded-bf16")(lambda: run(state_dtype=torch.bfloat16, rounded=True))
 case("decode-step-fp8", fp8=True)(lambda: run(fp8=True))
 case("decode-step-time-last-gate-first")(lambda: run(layout="time", norm_before_gate=False, bias=True))
 

@@ -411,6 +411,7 @@ def step_calls(m: Inputs) -> list[Call]:
         call("gate-first-sigmoid-no-conv-activation", norm_before_gate=False, norm_activation="sigmoid", width=2,
              conv_activation=None),
         call("no-l2norm-scale-eps", use_qk_l2norm=False, scale=0.01, eps=1e-2, width=3),
+        call("rounded", state_dtype=torch.bfloat16, rounding_seed=m.indices([2**40 + 5], torch.int64)),
         call("empty", rows=0),
         call("slots", operator="decode_step_fp8"),
         call("gate-first-16-bit-pool-null-slot", operator="decode_step_fp8", norm_before_gate=False, bias=True,

@@ -59,7 +59,7 @@ class Step:
             self.state_indices,
             num_k_heads=options["num_k_heads"],
             pad_slot_id=options["pad_slot_id"],
-            **{name: options[name] for name in ("scale", "use_qk_l2norm") if name in options},
+            **{name: options[name] for name in ("scale", "use_qk_l2norm", "rounding_seed") if name in options},
         )
         found = getattr(norm, "layer_norm_gated_fp8" if fp8 else "layer_norm_gated")(
             o,
@@ -88,6 +88,7 @@ def make(
     layout: str = "channel",
     bias: bool = False,
     wide_z: bool = True,
+    rounded: bool = False,
     device: str = "cpu",
     seed: int = 0,
     **options: Any,
@@ -95,9 +96,11 @@ def make(
     """``rows`` tokens in slots of a pool of two more; the second is padding unless ``slots`` are given. Padding is NaN.
 
     mixed_qkv, a and b are column views; z is one too with ``wide_z``. ``layout``: the conv pool's last dimension in
-    memory, ``channel`` or ``time``.
+    memory, ``channel`` or ``time``. ``rounded``: with a rounding seed.
     """
     random = torch.Generator(device).manual_seed(seed)
+    if rounded:
+        options["rounding_seed"] = torch.tensor([1234567890123], device=device)
 
     def normal(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=random, device=device).to(like)
@@ -144,5 +147,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gate-first-sigmoid": {"norm_before_gate": False, "norm_activation": "sigmoid"},
     "contiguous-z-eps": {"wide_z": False, "eps": 1e-2},
     "no-l2norm-scale": {"use_qk_l2norm": False, "scale": 0.01},
+    "rounded-states": {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "rounded": True},
     "null-slot": {"slots": (0, 3, 1), "pad_slot_id": 0},
 }

@@ -19,27 +19,38 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, is_slot, row_sum, sigmoid, silu, stride_unit, wait_for_inputs
+from gdn_kernels.kernels._math import (
+    gate,
+    inv_l2norm,
+    is_slot,
+    row_sum,
+    sigmoid,
+    silu,
+    stride_unit,
+    to_state,
+    wait_for_inputs,
+)
 from gdn_kernels.kernels.norm import gated, parameter, scaled, store_tile
 from gdn_kernels.kernels.recurrent import L2NORM_EPS, delta_step
 
 
 @triton.jit
-def _token(state, inner, tile, values, q, k, g, beta, scale, valid, GROUPS: tl.constexpr):
+def _token(state, inner, rows, tile, values, q, k, g, beta, scale, valid, seed_ptr, slot, token, GROUPS: tl.constexpr):
     """One token on a tile of the state, stored back; its outputs. q and k stand once for each of GROUPS rows, which are
     those that the warps hold side by side: as parts of S they need no exchange."""
     P: tl.constexpr = tile.shape[0] // GROUPS
     S = tl.reshape(tile.to(tl.float32), [P, GROUPS, tile.shape[1]])
     v = tl.load(values + tl.arange(0, GROUPS)[:, None] * P + tl.arange(0, P)[None, :])
     S, o = delta_step(S, q, k, tl.trans(v).to(tl.float32), g, beta, scale)
-    S = tl.reshape(S, [tile.shape[0], tile.shape[1]]).to(state.dtype.element_ty)
+    S = tl.reshape(S, [tile.shape[0], tile.shape[1]])
+    S = to_state(S, state.dtype.element_ty, seed_ptr, slot, token, rows, tile.shape[1])
     tl.store(state + inner, S, mask=valid)
     return tl.reshape(tl.trans(o), [tile.shape[0]])
 
 
 @triton.jit(
     do_not_specialize=["num_slots", "pad_slot_id", "stride_x", "stride_a", "stride_b", "stride_z_n"],
-    do_not_specialize_on_alignment=["a_ptr", "b_ptr", "state_indices_ptr"],
+    do_not_specialize_on_alignment=["a_ptr", "b_ptr", "state_indices_ptr", "seed_ptr"],
 )
 def decode_step_kernel(
     x_ptr,
@@ -54,6 +65,7 @@ def decode_step_kernel(
     state_ptr,
     norm_weight_ptr,
     state_indices_ptr,
+    seed_ptr,
     mixed_ptr,
     out_ptr,
     scales_ptr,
@@ -159,7 +171,10 @@ def decode_step_kernel(
         values = mixed + 2 * H * K + hv * V
         if BLOCK_V == V:
             head = state + i * V * K
-            o = _token(head, inner, tiles[i], values, q, k, g, beta, scale, valid, GROUPS)
+            state_rows = hv * V + rows
+            o = _token(
+                head, inner, state_rows, tiles[i], values, q, k, g, beta, scale, valid, seed_ptr, slot, n * 0, GROUPS
+            )
             if i + AHEAD < R:
                 tiles = tiles + (tl.load(head + AHEAD * V * K + inner, mask=valid, other=0.0),)
         else:
@@ -168,7 +183,11 @@ def decode_step_kernel(
             for part in range(V // BLOCK_V):
                 block = state + (i * V + part * BLOCK_V) * K
                 tile = tl.load(block + inner, mask=valid, other=0.0)
-                part_o = _token(block, inner, tile, values + part * BLOCK_V, q, k, g, beta, scale, valid, GROUPS)
+                state_rows = hv * V + part * BLOCK_V + rows
+                some_v = values + part * BLOCK_V
+                part_o = _token(
+                    block, inner, state_rows, tile, some_v, q, k, g, beta, scale, valid, seed_ptr, slot, n * 0, GROUPS
+                )
                 all_o = tl.where(parts == part, part_o[None, :], all_o)
             o = tl.reshape(all_o, [V])
         u = tl.where((heads == i)[:, None], o.to(dtype).to(tl.float32)[None, :], u)
@@ -208,6 +227,7 @@ def _launch(
     conv_activation,
     norm_activation,
     pad_slot_id,
+    rounding_seed,
 ):
     N, D = mixed_qkv.shape
     HV, V, K = state.shape[1:]
@@ -238,6 +258,7 @@ def _launch(
         state,
         norm_weight,
         state_indices,
+        rounding_seed,
         launch.empty(mixed_qkv, N, D),
         out,
         scales,
@@ -295,6 +316,7 @@ def decode_step(
     conv_activation="silu",
     norm_activation="silu",
     pad_slot_id=-1,
+    rounding_seed=None,
 ):
     out = launch.empty(mixed_qkv, *z.shape)
     _launch(
@@ -320,6 +342,7 @@ def decode_step(
         conv_activation=conv_activation,
         norm_activation=norm_activation,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     return out
 
@@ -346,6 +369,7 @@ def decode_step_fp8(
     conv_activation="silu",
     norm_activation="silu",
     pad_slot_id=-1,
+    rounding_seed=None,
     quant_group_size=128,
 ):
     values = launch.empty(mixed_qkv, *z.shape, dtype=torch.float8_e4m3fn)
@@ -373,5 +397,6 @@ def decode_step_fp8(
         conv_activation=conv_activation,
         norm_activation=norm_activation,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
     return values, scales

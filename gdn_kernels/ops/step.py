@@ -14,7 +14,7 @@ _ARGUMENTS = (
     "Tensor mixed_qkv, Tensor a, Tensor b, Tensor z, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, "
     "Tensor A_log, Tensor dt_bias, Tensor(b!) state, Tensor norm_weight, Tensor state_indices, *, int num_k_heads, "
     "bool norm_before_gate, float? scale=None, bool use_qk_l2norm=True, float eps=1e-6, "
-    "str? conv_activation='silu', str norm_activation='silu', int pad_slot_id=-1"
+    "str? conv_activation='silu', str norm_activation='silu', int pad_slot_id=-1, Tensor? rounding_seed=None"
 ).replace("'", '"')
 
 
@@ -59,6 +59,7 @@ def decode_step(
     conv_activation: str | None = "silu",
     norm_activation: str = "silu",
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step of a mixer layer, from its in-projections to the input of its out-projection, in one kernel.
 
@@ -79,7 +80,7 @@ def decode_step(
             negative or past the pools is padding: the norm of zeros, no state written.
         num_k_heads: H. norm_before_gate, eps, norm_activation: as ``norm_before_gate``, ``eps`` and ``activation`` of
             :func:`layer_norm_gated`. conv_activation: ``"silu"``, ``"swish"`` or None. scale: default ``K ** -0.5``.
-            use_qk_l2norm: divide q and k by ``sqrt(sum(x**2) + 1e-6)``.
+            use_qk_l2norm: divide q and k by ``sqrt(sum(x**2) + 1e-6)``. rounding_seed: as in :func:`packed_decode`.
 
     Returns:
         ``[N, HV, V]`` in the dtype of ``mixed_qkv``, contiguous.
@@ -110,6 +111,7 @@ def decode_step(
         conv_activation=conv_activation,
         norm_activation=norm_activation,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
     )
 
 
@@ -135,6 +137,7 @@ def decode_step_fp8(
     conv_activation: str | None = "silu",
     norm_activation: str = "silu",
     pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
     quant_group_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`decode_step` that ends in :func:`layer_norm_gated_fp8`, bit for bit: the input of an fp8 out-projection.
@@ -169,6 +172,7 @@ def decode_step_fp8(
         conv_activation=conv_activation,
         norm_activation=norm_activation,
         pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
         quant_group_size=quant_group_size,
     )
 
@@ -197,14 +201,16 @@ def _inputs(shapes: launch.ModelShapes, device: torch.device) -> tuple[tuple[tor
 
 def _warm(shapes: launch.ModelShapes, device: torch.device) -> None:
     arguments, options = _inputs(shapes, device)
-    decode_step(*arguments, **options)
+    for seed in shapes.rounding_seeds(device):
+        decode_step(*arguments, **options, rounding_seed=seed)
 
 
 def _warm_fp8(shapes: launch.ModelShapes, device: torch.device) -> None:
     # where it is refused there is nothing to build
     if shapes.head_v_dim % contracts.QUANT_GROUP == 0 and launch.has_fp8(launch.target(device)):
         arguments, options = _inputs(shapes, device)
-        decode_step_fp8(*arguments, **options)
+        for seed in shapes.rounding_seeds(device):
+            decode_step_fp8(*arguments, **options, rounding_seed=seed)
 
 
 launch.register_warmup("decode_step", _warm)

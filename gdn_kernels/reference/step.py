@@ -61,6 +61,7 @@ def decode_step(
     conv_activation: str | None = "silu",
     norm_activation: str = "silu",
     pad_slot_id: int = -1,
+    rounding_seed: Tensor | None = None,
 ) -> Tensor:
     """causal_conv1d_update, packed_decode and layer_norm_gated (RMS) of one token a row, in sequence.
 
@@ -83,6 +84,7 @@ def decode_step(
         num_k_heads=num_k_heads,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
+        rounding_seed=rounding_seed,
     )
     return norm.layer_norm_gated(
         o, norm_weight, None, z, norm_before_gate=norm_before_gate, eps=eps, activation=norm_activation
@@ -111,6 +113,7 @@ def decode_step_fp8(
     conv_activation: str | None = "silu",
     norm_activation: str = "silu",
     pad_slot_id: int = -1,
+    rounding_seed: Tensor | None = None,
     quant_group_size: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """The same with layer_norm_gated_fp8 at its end."""
@@ -130,6 +133,7 @@ def decode_step_fp8(
         num_k_heads=num_k_heads,
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,
+        rounding_seed=rounding_seed,
     )
     return norm.layer_norm_gated_fp8(
         o,
