@@ -14,6 +14,8 @@ to store the tile: e4m3 values into out, fp32 scales ``[rows, D / 128]`` beside 
 covers, and quantisation groups that span groups of the norm.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -323,12 +325,13 @@ def _launch(
     )
 
 
-def layer_norm_gated_out(
+def _gated(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     z: torch.Tensor | None,
     out: torch.Tensor,
+    scales: torch.Tensor | None = None,
     *,
     norm_before_gate: bool,
     is_rms_norm: bool = True,
@@ -336,11 +339,24 @@ def layer_norm_gated_out(
     group_size: int | None = None,
     activation: str = "silu",
 ) -> None:
+    """The gated norm's launch, with the operators' arguments and defaults; quantised where there are ``scales``, in the
+    configuration of the plain norm: its bits are the same."""
     norm = "rms" if is_rms_norm else "layer"
     group_size = x.shape[-1] if group_size is None else group_size
     # Without z there is nothing to order: one binary for both values.
     before = norm_before_gate or z is None
-    _launch("layer_norm_gated", x, weight, bias, z, out, norm, before, eps, group_size, activation)
+    _launch("layer_norm_gated", x, weight, bias, z, out, norm, before, eps, group_size, activation, scales)
+
+
+def layer_norm_gated_out(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    **options: Any,
+) -> None:
+    _gated(x, weight, bias, z, out, **options)
 
 
 def layer_norm_gated(
@@ -348,26 +364,10 @@ def layer_norm_gated(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
-    *,
-    norm_before_gate: bool,
-    is_rms_norm: bool = True,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    activation: str = "silu",
+    **options: Any,
 ) -> torch.Tensor:
     out = launch.empty(x, *x.shape)
-    layer_norm_gated_out(
-        x,
-        weight,
-        bias,
-        z,
-        out,
-        norm_before_gate=norm_before_gate,
-        is_rms_norm=is_rms_norm,
-        eps=eps,
-        group_size=group_size,
-        activation=activation,
-    )
+    _gated(x, weight, bias, z, out, **options)
     return out
 
 
@@ -377,20 +377,12 @@ def layer_norm_gated_fp8(
     bias: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
     *,
-    norm_before_gate: bool,
-    is_rms_norm: bool = True,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    activation: str = "silu",
     quant_group_size: int = 128,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = launch.empty(x, *x.shape, dtype=torch.float8_e4m3fn)
     scales = launch.empty(x, x.shape[0], x.shape[1:].numel() // quant_group_size, dtype=torch.float32)
-    norm = "rms" if is_rms_norm else "layer"
-    group_size = x.shape[-1] if group_size is None else group_size
-    before = norm_before_gate or z is None
-    # The configuration of the plain norm: its bits are the same.
-    _launch("layer_norm_gated", x, weight, bias, z, values, norm, before, eps, group_size, activation, scales)
+    _gated(x, weight, bias, z, values, scales, **options)
     return values, scales
 
 

@@ -217,18 +217,19 @@ def _launch(
     norm_weight,
     state_indices,
     out,
-    scales,
+    scales=None,
     *,
     num_k_heads,
     norm_before_gate,
-    scale,
-    use_qk_l2norm,
-    eps,
-    conv_activation,
-    norm_activation,
-    pad_slot_id,
-    rounding_seed,
+    scale=None,
+    use_qk_l2norm=True,
+    eps=1e-6,
+    conv_activation="silu",
+    norm_activation="silu",
+    pad_slot_id=-1,
+    rounding_seed=None,
 ):
+    """Both operators' launch, with their arguments and defaults."""
     N, D = mixed_qkv.shape
     HV, V, K = state.shape[1:]
     H, W = num_k_heads, conv_weight.shape[1]
@@ -294,109 +295,14 @@ def _launch(
     )
 
 
-def decode_step(
-    mixed_qkv,
-    a,
-    b,
-    z,
-    conv_weight,
-    conv_bias,
-    conv_state,
-    A_log,
-    dt_bias,
-    state,
-    norm_weight,
-    state_indices,
-    *,
-    num_k_heads,
-    norm_before_gate,
-    scale=None,
-    use_qk_l2norm=True,
-    eps=1e-6,
-    conv_activation="silu",
-    norm_activation="silu",
-    pad_slot_id=-1,
-    rounding_seed=None,
-):
+def decode_step(mixed_qkv, a, b, z, *others, **options):
     out = launch.empty(mixed_qkv, *z.shape)
-    _launch(
-        mixed_qkv,
-        a,
-        b,
-        z,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        A_log,
-        dt_bias,
-        state,
-        norm_weight,
-        state_indices,
-        out,
-        None,
-        num_k_heads=num_k_heads,
-        norm_before_gate=norm_before_gate,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
-        eps=eps,
-        conv_activation=conv_activation,
-        norm_activation=norm_activation,
-        pad_slot_id=pad_slot_id,
-        rounding_seed=rounding_seed,
-    )
+    _launch(mixed_qkv, a, b, z, *others, out, **options)
     return out
 
 
-def decode_step_fp8(
-    mixed_qkv,
-    a,
-    b,
-    z,
-    conv_weight,
-    conv_bias,
-    conv_state,
-    A_log,
-    dt_bias,
-    state,
-    norm_weight,
-    state_indices,
-    *,
-    num_k_heads,
-    norm_before_gate,
-    scale=None,
-    use_qk_l2norm=True,
-    eps=1e-6,
-    conv_activation="silu",
-    norm_activation="silu",
-    pad_slot_id=-1,
-    rounding_seed=None,
-    quant_group_size=128,
-):
+def decode_step_fp8(mixed_qkv, a, b, z, *others, quant_group_size=128, **options):
     values = launch.empty(mixed_qkv, *z.shape, dtype=torch.float8_e4m3fn)
     scales = launch.empty(mixed_qkv, z.shape[0], z.shape[1:].numel() // quant_group_size, dtype=torch.float32)
-    _launch(
-        mixed_qkv,
-        a,
-        b,
-        z,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        A_log,
-        dt_bias,
-        state,
-        norm_weight,
-        state_indices,
-        values,
-        scales,
-        num_k_heads=num_k_heads,
-        norm_before_gate=norm_before_gate,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
-        eps=eps,
-        conv_activation=conv_activation,
-        norm_activation=norm_activation,
-        pad_slot_id=pad_slot_id,
-        rounding_seed=rounding_seed,
-    )
+    _launch(mixed_qkv, a, b, z, *others, values, scales, **options)
     return values, scales
