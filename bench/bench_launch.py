@@ -19,6 +19,7 @@ import bench_gating
 import bench_norm
 import bench_recurrent
 import bench_split
+import bench_step
 import pytest
 import timing
 import torch
@@ -31,7 +32,16 @@ from gdn_kernels.nn import GatedDeltaNet
 def smallest() -> list[Case]:
     """For each operator the case that moves the least."""
     found: dict[str, tuple[int, Case]] = {}
-    modules = (bench_norm, bench_gating, bench_split, bench_conv, bench_chunk, bench_recurrent, bench_decode)
+    modules = (
+        bench_norm,
+        bench_gating,
+        bench_split,
+        bench_conv,
+        bench_chunk,
+        bench_recurrent,
+        bench_decode,
+        bench_step,
+    )
     for case in (case for module in modules for case in module.CASES):
         size = sum(x.nbytes for x in case.inputs(Inputs(0)).values() if isinstance(x, torch.Tensor))
         if case.operator not in found or size < found[case.operator][0]:
