@@ -53,7 +53,9 @@ def pick(on_gpu: Iterable[Any], on_cpu: Iterable[Any]) -> list[Any]:
 
 
 def lengths(sequences: str) -> list[int]:
-    """``8192`` is one sequence, ``8x1024`` eight of 1,024 tokens, ``mixed64`` 64 of 37 to 769 tokens."""
+    """``8192`` is one sequence, ``8x1024`` eight of 1,024 tokens, ``mixed64`` 64 of 37 to 769 tokens, ``+`` joins."""
+    if "+" in sequences:
+        return [length for part in sequences.split("+") for length in lengths(part)]
     if sequences == "mixed64":
         return [37 + 61 * (i % 13) for i in range(64)]
     count, _, tokens = sequences.rpartition("x")
