@@ -14,9 +14,20 @@ from delta_cases import (
     oracle,
 )
 
+from gdn_kernels import launch
 from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
+
+SCANS = {"plain": launch.ScanConfig(32, 4, 2), "overlapped": launch.ScanConfig(64, 4, 3, overlapped=True)}
+
+
+@pytest.fixture(autouse=True, params=SCANS)
+def scan(request):
+    """Every test runs with either kernel of the scan."""
+    with launch.pinned("chunk_scan", SCANS[request.param]):
+        yield request.param
+
 
 # fp32 products and sums over at most 130 tokens; the states grow by rounding of each chunk's inverse.
 FP32_BUDGET = 5e-6
