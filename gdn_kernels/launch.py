@@ -209,8 +209,8 @@ class PrepConfig:
 class ScanConfig:
     """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program.
 
-    ``overlapped``: the kernel for tensor descriptors and matrix units that run beside the threads, for sm_90 and K up to
-    128; 64 rows in 4 warps, so that products become wgmma with the state in registers.
+    ``overlapped``: the kernel for tensor descriptors and matrix units that run beside the threads, for sm_90 and K up
+    to 128; 64 rows in 4 warps, so that products become wgmma with the state in registers.
     """
 
     block_v: int

@@ -369,7 +369,7 @@ def overlapped_scan_kernel(
     """What :func:`scan_kernel` does, for matrix units that run beside the threads and memory that is copied by tiles.
 
     A product whose result is read in the same turn of the loop is waited for at once, so q S^T and R W are read in the
-    next turn: they run while W is formed, and one wait serves them and the new S. Nothing may run across the turn's end,
+    next turn: they run while W is formed, and one wait serves them and the new S. Nothing may run past the turn's end,
     where S is rounded: ptxas then waits after every instruction. Descriptors end with the sequence: rows past it are
     loaded as zeros, so that W is zero there, and are not stored.
     """
