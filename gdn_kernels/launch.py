@@ -328,6 +328,9 @@ SCAN_LADDER = {
     ),
 }
 
+# What stands in for an overlapped rung where rows of q, k, v or o do not start on 16 bytes.
+PLAIN_SCAN_CONFIG = ScanConfig(block_v=32, num_warps=4, num_stages=2)
+
 
 def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     """The architecture's own entry of a ladder, else its backend's; the interpreter takes CUDA's."""
@@ -344,12 +347,12 @@ def prep_config(target: Target) -> PrepConfig:
 def scan_config(head_k_dim: int, target: Target, tiles: bool = True) -> ScanConfig:
     """Chunk recurrence: the rung for head size K on the target's architecture.
 
-    ``tiles``: whether tensor descriptors can address the operands; where not, no overlapped rung serves.
+    ``tiles``: whether tensor descriptors can address the operands; where not, a plain rung serves.
     """
     ladder = _family(target, SCAN_LADDER)
     for limit, config in ladder:
-        if head_k_dim <= limit and (tiles or not config.overlapped):
-            return config
+        if head_k_dim <= limit:
+            return config if tiles or not config.overlapped else PLAIN_SCAN_CONFIG
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 

@@ -123,6 +123,16 @@ def test_equal_lengths_in_a_batch_match_the_packed_form():
     assert torch.equal(state, packed_state)
 
 
+def test_rows_that_do_not_start_on_16_bytes():
+    inputs = delta_inputs((70, 3))
+    for name in ("q", "k", "v"):
+        x = getattr(inputs, name)
+        wide = torch.full((*x.shape[:2], x[0, 0].numel() + 1), torch.nan)
+        wide[..., 1:] = x.flatten(2)
+        setattr(inputs, name, wide[..., 1:].view(x.shape))
+    check(inputs, initial_state=inputs.initial_state)
+
+
 def test_no_tokens_and_no_sequences():
     inputs = delta_inputs((0, 0))
     o, state = run(inputs, initial_state=inputs.initial_state)

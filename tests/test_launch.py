@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch
+from gdn_kernels import launch, replay
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -222,6 +222,29 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
     assert launch.prep_config(target) is launch.PREP_LADDER[family(launch.PREP_LADDER)]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("size", HEAD_DIMS)
+def test_operands_that_descriptors_cannot_address_have_a_plain_scan(size: int, target: Target) -> None:
+    assert not launch.scan_config(size, target, tiles=False).overlapped
+    if launch.scan_config(size, target).overlapped:
+        assert (target, size <= 128) == (Target("cuda", 90), True)
+
+
+def test_scratch_is_allocated_in_the_launch_alone() -> None:
+    triton = pytest.importorskip("triton")
+    allocation = pytest.importorskip("triton.runtime._allocation")
+    before = allocation._allocator.get()
+    assert replay.with_scratch(lambda: allocation._allocator.get()) is replay._scratch
+    assert allocation._allocator.get() is before
+    mine = lambda size, alignment, stream: None  # noqa: E731
+    triton.set_allocator(mine)
+    try:
+        replay.with_scratch(lambda: None)
+        assert allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(before)
 
 
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:

@@ -443,7 +443,8 @@ def overlapped_scan_kernel(
             if checkpoint_ptr is not None:
                 due = ((i + 1) % checkpoint_chunks == 0) & ((i + 1) * C <= length)
                 due = due & (checkpoint >= 0) & (checkpoint < checkpoint_end)
-                tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S, mask=due)
+                if due:
+                    tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
                 checkpoint += ((i + 1) % checkpoint_chunks == 0).to(tl.int64)
         factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + C)
         o = tl.trans(qs * factor_q[None, :] + rw)
