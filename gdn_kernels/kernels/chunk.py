@@ -322,6 +322,146 @@ def scan_kernel(
     tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
 
 
+@triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
+def overlapped_scan_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_ptr,
+    r_ptr,
+    factor_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    checkpoint_ptr,
+    cu_seqlens_ptr,
+    read_ptr,
+    write_ptr,
+    has_initial_ptr,
+    checkpoint_offset_ptr,
+    T: tl.int32,
+    num_slots: tl.int32,
+    pad_slot_id: tl.int32,
+    num_checkpoints: tl.int32,
+    checkpoint_chunks: tl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_o_b,
+    stride_o_t,
+    stride_o_h,
+    stride_initial,
+    stride_final,
+    stride_checkpoint,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What :func:`scan_kernel` does, for matrix units that run beside the threads and memory that is copied by tiles.
+
+    A product whose result is read in the same turn of the loop is waited for at once, so q S^T and R W are read in the
+    next turn: they run while W is formed, and one wait serves them and the new S. Nothing may run past the turn's end,
+    where S is rounded: ptxas then waits after every instruction. Descriptors end with the sequence: rows past it are
+    loaded as zeros, so that W is zero there, and are not stored.
+    """
+    pid = tl.program_id(0)
+    block = pid % (V // BLOCK_V)
+    hv = (pid // (V // BLOCK_V)) % HV
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    h = hv // (HV // H)
+    first_row = block * BLOCK_V
+    rows = first_row + tl.arange(0, BLOCK_V)
+    o64 = tl.arange(0, C)
+    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    if cu_seqlens_ptr is not None:
+        place = start // C + n
+    else:
+        place = n * ((T + C - 1) // C)
+    read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
+
+    S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
+    if initial_ptr is not None:
+        S = tl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0).to(tl.float32)
+    checkpoint = n * 0
+    checkpoint_end = n * 0
+    if checkpoint_ptr is not None:
+        checkpoint = tl.load(checkpoint_offset_ptr + n).to(tl.int64)
+        checkpoint_end = tl.load(checkpoint_offset_ptr + n + 1).to(tl.int64)
+        checkpoint_end = tl.minimum(checkpoint_end, n * 0 + num_checkpoints)
+
+    chunks = (length + C - 1) // C
+    head = place * HV + hv
+    q_base = q_ptr + batch * stride_q_b + start * stride_q_t + h * stride_q_h
+    k_base = k_ptr + batch * stride_k_b + start * stride_k_t + h * stride_k_h
+    v_base = v_ptr + batch * stride_v_b + start * stride_v_t + hv * stride_v_h
+    o_base = o_ptr + batch * stride_o_b + start * stride_o_t + hv * stride_o_h
+    factor_ptrs = factor_ptr + head * (4 * C) + o64
+    # chunks of one head are HV tiles apart
+    step = HV * C
+    if active & (length > 0):
+        q_tiles = tl.make_tensor_descriptor(q_base, [length, K], [stride_q_t, 1], [C, K])
+        k_tiles = tl.make_tensor_descriptor(k_base, [length, K], [stride_k_t, 1], [C, K])
+        v_tiles = tl.make_tensor_descriptor(v_base, [length, V], [stride_v_t, 1], [C, BLOCK_V])
+        o_tiles = tl.make_tensor_descriptor(o_base, [length, V], [stride_o_t, 1], [C, BLOCK_V])
+        x_tiles = tl.make_tensor_descriptor(x_ptr + head * (C * K), [chunks * step, K], [K, 1], [C, K])
+        r_tiles = tl.make_tensor_descriptor(r_ptr + head * (C * C), [chunks * step, C], [C, 1], [C, C])
+        qs = tl.zeros([BLOCK_V, C], dtype=tl.float32)
+        rw = tl.zeros([BLOCK_V, C], dtype=tl.float32)
+        for i in tl.range(0, chunks, num_stages=STAGES):
+            k = k_tiles.load([i * C, 0])
+            q = q_tiles.load([i * C, 0])
+            v = v_tiles.load([i * C, first_row])
+            x = x_tiles.load([i * step, 0])
+            r = r_tiles.load([i * step, 0])
+            turn = n * 0 + i
+            factor_k = tl.load(factor_ptrs + turn * (4 * step))
+            factor_w = tl.load(factor_ptrs + turn * (4 * step) + 2 * C)
+            total = tl.load(factor_ptr + (head + turn * HV) * (4 * C) + 3 * C)
+            factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + C)
+
+            operand = S.to(k.dtype)
+            ks = tl.dot(operand, tl.trans(k))
+            # of the chunk before; in the first turn all of it lies before the sequence
+            o = tl.trans(qs * factor_q[None, :] + rw)
+            o_tiles.store([i * C - C, first_row], o.to(o_ptr.dtype.element_ty))
+            qs = tl.dot(operand, tl.trans(q))
+            w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
+            rw = tl.dot(w.to(k.dtype), tl.trans(r))
+            S = tl.dot((w * factor_w[None, :]).to(k.dtype), x, S * total)
+
+            if checkpoint_ptr is not None:
+                due = ((i + 1) % checkpoint_chunks == 0) & ((i + 1) * C <= length)
+                due = due & (checkpoint >= 0) & (checkpoint < checkpoint_end)
+                if due:
+                    tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
+                checkpoint += ((i + 1) % checkpoint_chunks == 0).to(tl.int64)
+        factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + C)
+        o = tl.trans(qs * factor_q[None, :] + rw)
+        o_tiles.store([chunks * C - C, first_row], o.to(o_ptr.dtype.element_ty))
+    else:
+        offsets = o64[:, None] * stride_o_t + rows[None, :]
+        for i in range(chunks):
+            zeros = tl.zeros([C, BLOCK_V], dtype=o_ptr.dtype.element_ty)
+            tl.store(o_base + (n * 0 + i * C) * stride_o_t + offsets, zeros, mask=(o64 < length - i * C)[:, None])
+    tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+
+
+def _has_tiles(x):
+    """Whether descriptors can address ``x``: its rows start on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
 def _launch(
     q,
     k,
@@ -393,8 +533,10 @@ def _launch(
         # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
         OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
     )
+    if scan.overlapped and not all(map(_has_tiles, (q, k, v, o))):
+        scan = launch.scan_config(K, target, tiles=False)
     launch.run(
-        scan_kernel,
+        overlapped_scan_kernel if scan.overlapped else scan_kernel,
         (count * HV * (V // scan.block_v),),
         q,
         k,
@@ -421,6 +563,7 @@ def _launch(
         final.stride(0),
         0 if checkpoints is None else checkpoints.stride(0),
         config=scan,
+        scratch=scan.overlapped,
         H=H,
         HV=HV,
         K=K,
