@@ -90,15 +90,14 @@ for dtype, (K, V) in itertools.product((torch.bfloat16,), ((64, 64), (128, 128),
     case(f"chunk-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: chunk_case(dtype, K, V))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
 # Overlapped scans of 64 and of 128 rows, in the form of an engine with checkpoints and in the plain functional one.
-for config in (launch.ScanConfig(64, 4, 3, overlapped=True), launch.ScanConfig(128, 8, 2, overlapped=True)):
-    for name, call, dtype, K, V in (
-        ("bf16-64x128", chunk_case, torch.bfloat16, 64, 128),
-        ("bf16-128x128", chunk_case, torch.bfloat16, 128, 128),
-        ("bf16-128x128-plain", plain_chunk_case, torch.bfloat16, 128, 128),
-        ("fp16-128x128-plain", plain_chunk_case, torch.float16, 128, 128),
-    ):
-        call = functools.partial(overlapped_case, functools.partial(call, dtype, K, V), config)
-        case(f"chunk-overlapped-{config.block_v}-{name}")(call)
+for block_v, num_warps, stages, name, call, dtype, K in (
+    (64, 4, 3, "bf16-64x128", plain_chunk_case, torch.bfloat16, 64),
+    (64, 4, 3, "bf16-128x128", chunk_case, torch.bfloat16, 128),
+    (128, 8, 2, "fp16-128x128", plain_chunk_case, torch.float16, 128),
+):
+    config = launch.ScanConfig(block_v, num_warps, stages, overlapped=True)
+    call = functools.partial(overlapped_case, functools.partial(call, dtype, K, 128), config)
+    case(f"chunk-overlapped-{block_v}-{name}")(call)
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))
