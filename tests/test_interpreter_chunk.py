@@ -14,6 +14,7 @@ from delta_cases import (
     oracle,
 )
 
+from gdn_kernels import launch
 from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
@@ -22,6 +23,16 @@ pytestmark = pytest.mark.interpreter
 FP32_BUDGET = 5e-6
 # Operands of every product are rounded to 11 (8) bits; the errors of a row of products are independent.
 BUDGETS = {torch.float32: FP32_BUDGET, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+PREPARATIONS = {"tiles": launch.PREP_LADDER["cuda"], "blocks": launch.BLOCK_PREP_CONFIG}
+
+
+@pytest.fixture(autouse=True, params=PREPARATIONS)
+def preparation(request):
+    """Every test runs with both forms of the preparation."""
+    with launch.pinned("chunk_prep", PREPARATIONS[request.param]):
+        yield
 
 
 def run(inputs, **options):
