@@ -9,6 +9,7 @@ import torch
 from compile_cases import COMPILE_CASES, SPILL_BUDGET, case
 from delta_cases import delta_inputs
 
+from gdn_kernels import launch
 from gdn_kernels.kernels import chunk, decode, recurrent
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -48,6 +49,11 @@ def plain_chunk_case(dtype, K, V):
     chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
 
 
+def blocks_case(call, dtype, K, V):
+    with launch.pinned("chunk_prep", launch.BLOCK_PREP_CONFIG):
+        call(dtype, K, V)
+
+
 def recurrent_case(state_dtype, K, V, rounding_seed=None):
     inputs = delta_inputs((2, 2), H=2, HV=4, K=K, V=V, dtype=torch.bfloat16)
     pool = torch.zeros(4, 4, V, K, dtype=state_dtype)
@@ -79,7 +85,9 @@ def decode_case(state_dtype, K, V, rounding_seed=None):
 
 for dtype, (K, V) in itertools.product((torch.bfloat16,), ((64, 64), (128, 128), (256, 256))):
     case(f"chunk-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: chunk_case(dtype, K, V))
+    case(f"chunk-blocks-{SHORT[dtype]}-{K}x{V}")(functools.partial(blocks_case, chunk_case, dtype, K, V))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
+case("chunk-blocks-fp16-128x128-plain")(functools.partial(blocks_case, plain_chunk_case, torch.float16, 128, 128))
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))
@@ -94,6 +102,7 @@ for dtype in (torch.bfloat16, torch.float16):
 for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "*"] = 320
     SPILL_BUDGET[name, "gfx942"] = 384
+SPILL_BUDGET["chunk-blocks-bf16-256x256", "*"] = 512
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
 # Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.

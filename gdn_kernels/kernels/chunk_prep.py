@@ -214,13 +214,17 @@ def split(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def add_product(sums, a, b, OPERAND: tl.constexpr):
-    """sums + a b^T, of operands of twice the precision."""
-    a_high, a_low = split(a, OPERAND)
-    b_high, b_low = split(b, OPERAND)
+def add_product(sums, a, b_high, b_low):
+    """sums + a b^T, where b is a sum of two operands."""
+    sums = tl.dot(a, transposed(b_low), sums)
+    return tl.dot(a, transposed(b_high), sums)
+
+
+@triton.jit
+def add_whole_product(sums, a_high, a_low, b_high, b_low):
+    """The same where a is a sum of two operands too."""
     sums = tl.dot(a_low, transposed(b_high), sums)
-    sums = tl.dot(a_high, transposed(b_low), sums)
-    return tl.dot(a_high, transposed(b_high), sums)
+    return add_product(sums, a_high, b_high, b_low)
 
 
 @triton.jit
@@ -245,11 +249,13 @@ def inverse_block(L, LT, OPERAND: tl.constexpr):
         W = tl.dot(Y_operand, transposed(minus_L)).to(OPERAND)
         T = tl.dot(U, transposed(Y_operand), T)
         Y = tl.dot(W, transposed(T_operand), Y)
-    # one Newton step on the residual of twice the precision; T then follows from Y = T^T
-    residual = eye - Y - add_product(tl.zeros([BLOCK, BLOCK], dtype=tl.float32), Y, L, OPERAND)
-    Y = tl.dot(residual.to(OPERAND), transposed(T.to(OPERAND)), Y)
-    T = eye - add_product(tl.zeros([BLOCK, BLOCK], dtype=tl.float32), L, Y, OPERAND)
-    return T, Y
+    # one Newton step on the residual of twice the precision
+    Y_high, Y_low = split(Y, OPERAND)
+    L_high, L_low = split(L, OPERAND)
+    residual = add_whole_product(tl.zeros([BLOCK, BLOCK], dtype=tl.float32), Y_high, Y_low, L_high, L_low)
+    residual = (eye - Y - residual).to(OPERAND)
+    Y = tl.dot(residual, transposed(T.to(OPERAND)), Y)
+    return tl.trans(Y), Y
 
 
 @triton.jit
@@ -352,15 +358,16 @@ def inverse_kernel(
         n2, m2 = norms_of(A22, USE_QK_L2NORM)
         n3, m3 = norms_of(A33, USE_QK_L2NORM)
         A00 *= n0 * m0
-        A10 *= n1 * m0
         A11 *= n1 * m1
-        A20 *= n2 * m0
-        A21 *= n2 * m1
         A22 *= n2 * m2
-        A30 *= n3 * m0
-        A31 *= n3 * m1
-        A32 *= n3 * m2
         A33 *= n3 * m3
+        # rounding them to one operand each would leave the errors that the Newton steps take away
+        A10_high, A10_low = split(A10 * (n1 * m0), OPERAND)
+        A20_high, A20_low = split(A20 * (n2 * m0), OPERAND)
+        A21_high, A21_low = split(A21 * (n2 * m1), OPERAND)
+        A30_high, A30_low = split(A30 * (n3 * m0), OPERAND)
+        A31_high, A31_low = split(A31 * (n3 * m1), OPERAND)
+        A32_high, A32_low = split(A32 * (n3 * m2), OPERAND)
 
         lower = r > c
         upper = r < c
@@ -375,35 +382,54 @@ def inverse_kernel(
             b2 = load_beta(beta_ptrs + 32 * stride_beta_t, 32 + o16 < left, beta_scale, IS_RAW_GATE)
             b3 = load_beta(beta_ptrs + 48 * stride_beta_t, 48 + o16 < left, beta_scale, IS_RAW_GATE)
 
-            _, Y00 = inverse_block(
-                tl.where(lower, A00 * b0[:, None], 0.0), tl.where(upper, A00 * b0[None, :], 0.0), OPERAND
-            )
-            T11, Y11 = inverse_block(
-                tl.where(lower, A11 * b1[:, None], 0.0), tl.where(upper, A11 * b1[None, :], 0.0), OPERAND
-            )
-            T22, Y22 = inverse_block(
-                tl.where(lower, A22 * b2[:, None], 0.0), tl.where(upper, A22 * b2[None, :], 0.0), OPERAND
-            )
-            T33, Y33 = inverse_block(
-                tl.where(lower, A33 * b3[:, None], 0.0), tl.where(upper, A33 * b3[None, :], 0.0), OPERAND
-            )
-            # T_ij = -T_ii sum of L_ik T_kj over j <= k < i, transposed
-            L10 = A10 * -b1[:, None]
-            Y10 = add_product(zero, add_product(zero, Y00, L10, OPERAND), T11, OPERAND)
-            L21 = A21 * -b2[:, None]
-            Y21 = add_product(zero, add_product(zero, Y11, L21, OPERAND), T22, OPERAND)
-            L32 = A32 * -b3[:, None]
-            Y32 = add_product(zero, add_product(zero, Y22, L32, OPERAND), T33, OPERAND)
-            sums = add_product(zero, Y00, A20 * -b2[:, None], OPERAND)
-            Y20 = add_product(zero, add_product(sums, Y10, L21, OPERAND), T22, OPERAND)
-            L31 = A31 * -b3[:, None]
-            sums = add_product(zero, Y11, L31, OPERAND)
-            Y31 = add_product(zero, add_product(sums, Y21, L32, OPERAND), T33, OPERAND)
-            sums = add_product(zero, Y00, A30 * -b3[:, None], OPERAND)
-            sums = add_product(sums, Y10, L31, OPERAND)
-            Y30 = add_product(zero, add_product(sums, Y20, L32, OPERAND), T33, OPERAND)
-
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
             y_base = y_ptr + (place * HV + hv0 + each) * (C * C) + tile
+            L = tl.where(lower, A33 * b3[:, None], 0.0)
+            T33, Y33 = inverse_block(L, tl.where(upper, A33 * b3[None, :], 0.0), OPERAND)
+            T3_high, T3_low = split(T33 * -b3[None, :], OPERAND)
+            y = side_by_side(none, none, none, (Y33 * (b3[:, None] * m3)).to(DTYPE))
+            tl.store(y_base + 48 * C, y)
+
+            L = tl.where(lower, A22 * b2[:, None], 0.0)
+            T22, Y22 = inverse_block(L, tl.where(upper, A22 * b2[None, :], 0.0), OPERAND)
+            T2_high, T2_low = split(T22 * -b2[None, :], OPERAND)
+            Y22_high, Y22_low = split(Y22, OPERAND)
+            sums = add_whole_product(zero, Y22_high, Y22_low, A32_high, A32_low)
+            Y32 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
+            rows = b2[:, None]
+            y = side_by_side(none, none, (Y22 * (rows * m2)).to(DTYPE), (Y32 * (rows * m3)).to(DTYPE))
+            tl.store(y_base + 32 * C, y)
+
+            L = tl.where(lower, A11 * b1[:, None], 0.0)
+            T11, Y11 = inverse_block(L, tl.where(upper, A11 * b1[None, :], 0.0), OPERAND)
+            T1_high, T1_low = split(T11 * -b1[None, :], OPERAND)
+            Y11_high, Y11_low = split(Y11, OPERAND)
+            sums = add_whole_product(zero, Y11_high, Y11_low, A21_high, A21_low)
+            Y21 = add_product(zero, sums.to(OPERAND), T2_high, T2_low)
+            sums = add_whole_product(zero, Y11_high, Y11_low, A31_high, A31_low)
+            Y21_high, Y21_low = split(Y21, OPERAND)
+            sums = add_whole_product(sums, Y21_high, Y21_low, A32_high, A32_low)
+            Y31 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
+            rows = b1[:, None]
+            y = side_by_side(
+                none, (Y11 * (rows * m1)).to(DTYPE), (Y21 * (rows * m2)).to(DTYPE), (Y31 * (rows * m3)).to(DTYPE)
+            )
+            tl.store(y_base + 16 * C, y)
+
+            L = tl.where(lower, A00 * b0[:, None], 0.0)
+            _, Y00 = inverse_block(L, tl.where(upper, A00 * b0[None, :], 0.0), OPERAND)
+            Y00_high, Y00_low = split(Y00, OPERAND)
+            sums = add_whole_product(zero, Y00_high, Y00_low, A10_high, A10_low)
+            Y10 = add_product(zero, sums.to(OPERAND), T1_high, T1_low)
+            Y10_high, Y10_low = split(Y10, OPERAND)
+            sums = add_whole_product(zero, Y00_high, Y00_low, A20_high, A20_low)
+            sums = add_whole_product(sums, Y10_high, Y10_low, A21_high, A21_low)
+            Y20 = add_product(zero, sums.to(OPERAND), T2_high, T2_low)
+            sums = add_whole_product(zero, Y00_high, Y00_low, A30_high, A30_low)
+            sums = add_whole_product(sums, Y10_high, Y10_low, A31_high, A31_low)
+            Y20_high, Y20_low = split(Y20, OPERAND)
+            sums = add_whole_product(sums, Y20_high, Y20_low, A32_high, A32_low)
+            Y30 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             rows = b0[:, None]
             y = side_by_side(
                 (Y00 * (rows * m0)).to(DTYPE),
@@ -412,16 +438,6 @@ def inverse_kernel(
                 (Y30 * (rows * m3)).to(DTYPE),
             )
             tl.store(y_base, y)
-            rows = b1[:, None]
-            y = side_by_side(
-                none, (Y11 * (rows * m1)).to(DTYPE), (Y21 * (rows * m2)).to(DTYPE), (Y31 * (rows * m3)).to(DTYPE)
-            )
-            tl.store(y_base + 16 * C, y)
-            rows = b2[:, None]
-            y = side_by_side(none, none, (Y22 * (rows * m2)).to(DTYPE), (Y32 * (rows * m3)).to(DTYPE))
-            tl.store(y_base + 32 * C, y)
-            y = side_by_side(none, none, none, (Y33 * (b3[:, None] * m3)).to(DTYPE))
-            tl.store(y_base + 48 * C, y)
 
 
 @triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t"])
@@ -459,7 +475,8 @@ def product_kernel(
 ):
     """X, R (where Y was) and row factors of one chunk and HEADS value heads of one key head; zeros for no sequence's
     tokens."""
-    pid = tl.program_id(0)
+    # the last places first: what inverse_kernel wrote last is still in L2, and what the scan reads first will be
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
     h = hv0 // (HV // H)
