@@ -102,7 +102,7 @@ for dtype in (torch.bfloat16, torch.float16):
 for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "*"] = 320
     SPILL_BUDGET[name, "gfx942"] = 384
-SPILL_BUDGET["chunk-blocks-bf16-256x256", "*"] = 512
+SPILL_BUDGET["chunk-blocks-bf16-256x256", "*"] = 640
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
 # Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.

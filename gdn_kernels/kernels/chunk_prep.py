@@ -3,7 +3,7 @@
 What they are, and where they lie, is said in kernels/chunk.py. ``prep_kernel`` does a chunk and value head at once, on
 64x64 tiles. The other form goes by blocks; with n_k and n_q the inverse norms of the rows (1 without l2norm):
 
-    Y = (diag(n_k) T)^T                       inverse_kernel, in the place of R; from k and beta alone
+    Y = (diag(n_k) T)^T                              inverse_kernel, in the place of R; n_k and gates in that of factors
     X = Y k,   R = (scale n_q) G * (tril(q k^T) Y^T)                    product_kernel, and the row factors
 
 The inverse is a chain of small steps, and warps that wait for each other cost more than its arithmetic. So one warp
@@ -289,17 +289,23 @@ def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
     return rows, columns
 
 
-@triton.jit(do_not_specialize=["N", "T", "stride_beta_b", "stride_beta_t"])
+@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
 def inverse_kernel(
     k_ptr,
+    g_ptr,
     beta_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
     y_ptr,
+    factor_ptr,
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
     stride_k_b,
     stride_k_t,
     stride_k_h,
+    stride_g_b: tl.int64,
+    stride_g_t: tl.int64,
     stride_beta_b: tl.int64,
     stride_beta_t: tl.int64,
     beta_scale,
@@ -311,7 +317,7 @@ def inverse_kernel(
     USE_QK_L2NORM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """Y of one chunk and HEADS value heads of one key head, by one warp."""
+    """Y of one chunk and HEADS value heads of one key head, by one warp; n_k and gates in the place of factors."""
     pid = tl.program_id(0)
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
@@ -357,6 +363,23 @@ def inverse_kernel(
         n1, m1 = norms_of(A11, USE_QK_L2NORM)
         n2, m2 = norms_of(A22, USE_QK_L2NORM)
         n3, m3 = norms_of(A33, USE_QK_L2NORM)
+        # in a loop of its own, where registers are free
+        o64 = tl.arange(0, C)
+        g_base = g_ptr + batch * stride_g_b + first * stride_g_t + hv0
+        for each in range(HEADS):
+            factor_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + o64
+            g = tl.load(g_base + each + o64 * stride_g_t, mask=o64 < left, other=0.0).to(tl.float32)
+            if IS_RAW_GATE:
+                A_log = tl.load(A_log_ptr + hv0 + each).to(tl.float32)
+                dt_bias = tl.load(dt_bias_ptr + hv0 + each).to(tl.float32)
+                g = tl.where(o64 < left, gate(g, A_log, dt_bias), 0.0)
+            tl.store(factor_ptrs + C, tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0))
+            norm_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + r
+            tl.store(norm_ptrs, n0)
+            tl.store(norm_ptrs + 16, n1)
+            tl.store(norm_ptrs + 32, n2)
+            tl.store(norm_ptrs + 48, n3)
+
         A00 *= n0 * m0
         A11 *= n1 * m1
         A22 *= n2 * m2
@@ -375,6 +398,7 @@ def inverse_kernel(
         tile = r * C + tl.arange(0, C)[None, :]
         DTYPE: tl.constexpr = y_ptr.dtype.element_ty
         none = zero.to(DTYPE)
+
         for each in range(HEADS):
             beta_ptrs = beta_base + each + o16 * stride_beta_t
             b0 = load_beta(beta_ptrs, o16 < left, beta_scale, IS_RAW_GATE)
@@ -440,13 +464,10 @@ def inverse_kernel(
             tl.store(y_base, y)
 
 
-@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t"])
+@triton.jit(do_not_specialize=["N", "T"])
 def product_kernel(
     q_ptr,
     k_ptr,
-    g_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
     x_ptr,
     r_ptr,
     factor_ptr,
@@ -460,8 +481,6 @@ def product_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
-    stride_g_b: tl.int64,
-    stride_g_t: tl.int64,
     stride_o_t,
     stride_o_h,
     scale,
@@ -470,7 +489,6 @@ def product_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     HEADS: tl.constexpr,
-    IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
 ):
     """X, R (where Y was) and row factors of one chunk and HEADS value heads of one key head; zeros for no sequence's
@@ -506,19 +524,15 @@ def product_kernel(
             columns = tl.arange(0, BLOCK_K)[None, :]
             qk = tl.zeros([C, C], dtype=tl.float32)
             squares_q = tl.zeros([C], dtype=tl.float32)
-            squares_k = tl.zeros([C], dtype=tl.float32)
             for s in tl.static_range(0, K, BLOCK_K):
                 q = tl.load(q_base + row * stride_q_t + s + columns, mask=valid[:, None], other=0.0)
                 k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid[:, None], other=0.0)
                 qk = tl.dot(q, tl.trans(k), qk)
                 if USE_QK_L2NORM:
                     squares_q += tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-                    squares_k += tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1)
             norm_q = tl.full([C], 1.0, dtype=tl.float32)
-            norm_k = tl.full([C], 1.0, dtype=tl.float32)
             if USE_QK_L2NORM:
                 norm_q = inv_l2norm(squares_q, L2NORM_EPS)
-                norm_k = inv_l2norm(squares_k, L2NORM_EPS)
             # rows of k keep their length here, because Y has the inverse norms
             qk = tl.where(row >= column, qk * norm_q[:, None], 0.0).to(k_ptr.dtype.element_ty)
 
@@ -527,15 +541,11 @@ def product_kernel(
                 head = place * HV + hv
                 r_ptrs = r_ptr + head * (C * C) + row * C + column
                 y = tl.load(r_ptrs)
-                g_ptrs = g_ptr + batch * stride_g_b + (first + o64) * stride_g_t + hv
-                g = tl.load(g_ptrs, mask=valid, other=0.0).to(tl.float32)
-                if IS_RAW_GATE:
-                    A_log = tl.load(A_log_ptr + hv).to(tl.float32)
-                    dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
-                    g = tl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
+                factor_ptrs = factor_ptr + head * (4 * C)
+                norm_k = tl.load(factor_ptrs + o64)
+                gates = tl.load(factor_ptrs + C + o64)
                 # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
-                total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
+                total = tl.load(factor_ptrs + 2 * C - 1)
 
                 decay = tl.exp2(tl.where(row >= column, gates[:, None] - gates[None, :], 0.0))
                 r = scale * decay * tl.dot(qk, tl.trans(y))
@@ -544,16 +554,15 @@ def product_kernel(
                         k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid[:, None], other=0.0)
                     x = tl.dot(y, k)
                     tl.store(x_ptr + head * (C * K) + row * K + s + columns, x.to(x_ptr.dtype.element_ty))
-                # all of Y is read before R takes its place
+                # all of Y and of the gates is read before R and factors take their places
                 tl.debug_barrier()
                 tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty))
 
-                factor_ptrs = factor_ptr + head * (4 * C) + o64
                 decay = tl.exp2(gates)
-                tl.store(factor_ptrs, decay * norm_k)
-                tl.store(factor_ptrs + C, decay * norm_q * scale)
-                tl.store(factor_ptrs + 2 * C, tl.exp2(total - gates))
-                tl.store(factor_ptrs + 3 * C, tl.exp2(total + 0.0 * gates))
+                tl.store(factor_ptrs + o64, decay * norm_k)
+                tl.store(factor_ptrs + C + o64, decay * norm_q * scale)
+                tl.store(factor_ptrs + 2 * C + o64, tl.exp2(total - gates))
+                tl.store(factor_ptrs + 3 * C + o64, tl.exp2(total + 0.0 * gates))
 
 
 def _shared(heads: int, ratio: int) -> int:
@@ -626,14 +635,20 @@ def prepare(
             inverse_kernel,
             (places * (HV // inverse_heads),),
             k,
+            g,
             beta,
+            A_log,
+            dt_bias,
             r,
+            factors,
             cu_seqlens,
             count,
             tokens,
             batch_stride(k),
             k.stride(1),
             k.stride(2),
+            batch_stride(g),
+            g.stride(1),
             batch_stride(beta),
             beta.stride(1),
             beta_scale,
@@ -652,9 +667,6 @@ def prepare(
         (places * (HV // heads),),
         q,
         k,
-        g,
-        A_log,
-        dt_bias,
         x,
         r,
         factors,
@@ -663,8 +675,6 @@ def prepare(
         count,
         tokens,
         *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-        batch_stride(g),
-        g.stride(1),
         o.stride(1),
         o.stride(2),
         scale,
@@ -674,6 +684,5 @@ def prepare(
         K=K,
         V=V,
         HEADS=heads,
-        IS_RAW_GATE=A_log is not None,
         USE_QK_L2NORM=use_qk_l2norm,
     )
