@@ -329,6 +329,18 @@ def inverse_kernel(
         o16 = tl.arange(0, BLOCK)
         r = o16[:, None]
         c = o16[None, :]
+        # in a loop of its own, where registers are free
+        o64 = tl.arange(0, C)
+        g_base = g_ptr + batch * stride_g_b + first * stride_g_t + hv0
+        for each in range(HEADS):
+            factor_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + o64
+            g = tl.load(g_base + each + o64 * stride_g_t, mask=o64 < left, other=0.0).to(tl.float32)
+            if IS_RAW_GATE:
+                A_log = tl.load(A_log_ptr + hv0 + each).to(tl.float32)
+                dt_bias = tl.load(dt_bias_ptr + hv0 + each).to(tl.float32)
+                g = tl.where(o64 < left, gate(g, A_log, dt_bias), 0.0)
+            tl.store(factor_ptrs + C, tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0))
+
         # 128 columns at a time; narrower loads cost more than they save registers
         BLOCK_K: tl.constexpr = min(K, 128)
         columns = tl.arange(0, BLOCK_K)[None, :]
@@ -363,17 +375,7 @@ def inverse_kernel(
         n1, m1 = norms_of(A11, USE_QK_L2NORM)
         n2, m2 = norms_of(A22, USE_QK_L2NORM)
         n3, m3 = norms_of(A33, USE_QK_L2NORM)
-        # in a loop of its own, where registers are free
-        o64 = tl.arange(0, C)
-        g_base = g_ptr + batch * stride_g_b + first * stride_g_t + hv0
         for each in range(HEADS):
-            factor_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + o64
-            g = tl.load(g_base + each + o64 * stride_g_t, mask=o64 < left, other=0.0).to(tl.float32)
-            if IS_RAW_GATE:
-                A_log = tl.load(A_log_ptr + hv0 + each).to(tl.float32)
-                dt_bias = tl.load(dt_bias_ptr + hv0 + each).to(tl.float32)
-                g = tl.where(o64 < left, gate(g, A_log, dt_bias), 0.0)
-            tl.store(factor_ptrs + C, tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0))
             norm_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + r
             tl.store(norm_ptrs, n0)
             tl.store(norm_ptrs + 16, n1)
