@@ -60,7 +60,10 @@ SCANS = {
         ("qwen3-next-tp4-prefill-8192", "qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-32x256"),
     ),
     "chunk_prep": (
-        [launch.PrepConfig(num_warps=warps) for warps in (2, 4, 8, 16)],
+        [
+            *(launch.PrepConfig(num_warps=warps) for warps in (2, 4, 8, 16)),
+            *(launch.BlockPrepConfig(*each) for each in itertools.product((1, 2, 4), (1, 2, 4), (4, 8))),
+        ],
         ("qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-paged-8192"),
     ),
     "recurrent": (

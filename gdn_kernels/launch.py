@@ -206,6 +206,17 @@ class PrepConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockPrepConfig:
+    """Chunk preparation in two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
+    by blocks, then ``heads`` a program for the products. Fewer where those of a key head do not divide by it."""
+
+    inverse_heads: int
+    heads: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ScanConfig:
     """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program.
 
@@ -307,6 +318,9 @@ PREP_LADDER = {
     "hip": PrepConfig(num_warps=4),
 }
 
+# The other form, for every head size and architecture: not yet timed on a GPU, so no rung of the ladder names it.
+BLOCK_PREP_CONFIG = BlockPrepConfig(inverse_heads=4, heads=4, num_warps=4)
+
 # Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
 # preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
 # 1160; 128 rows, 8 warps, 2 stages 578, 533, 1240. Elsewhere what leaves no spills.
@@ -339,8 +353,8 @@ def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     return ladder["hip" if target.backend == "hip" else "cuda"]
 
 
-def prep_config(target: Target) -> PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
+def prep_config(target: Target) -> PrepConfig | BlockPrepConfig:
+    """Chunk preparation: its form, and the form's configuration."""
     return _family(target, PREP_LADDER)
 
 

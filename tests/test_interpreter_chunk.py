@@ -19,13 +19,18 @@ from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
 
-SCANS = {"plain": launch.ScanConfig(32, 4, 2), "overlapped": launch.ScanConfig(64, 4, 3, overlapped=True)}
+# Both kernels of each of the two stages; what lies between them is the same, so two pairs are enough.
+PAIRS = {
+    "tiles-plain": (launch.PREP_LADDER["cuda"], launch.ScanConfig(32, 4, 2)),
+    "blocks-overlapped": (launch.BLOCK_PREP_CONFIG, launch.ScanConfig(64, 4, 3, overlapped=True)),
+}
 
 
-@pytest.fixture(autouse=True, params=SCANS)
-def scan(request):
-    """Every test runs with either kernel of the scan."""
-    with launch.pinned("chunk_scan", SCANS[request.param]):
+@pytest.fixture(autouse=True, params=PAIRS)
+def pair(request):
+    """Every test runs with either pair."""
+    preparation, scan = PAIRS[request.param]
+    with launch.pinned("chunk_prep", preparation), launch.pinned("chunk_scan", scan):
         yield request.param
 
 
