@@ -422,7 +422,7 @@ _compiled: list[tuple[str, Any]] | None = None
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
     """Launch ``kernel`` on the device of its first tensor or descriptor; an empty grid launches nothing.
 
-    ``kernel`` is Triton's or Gluon's, which takes the same options; only a configuration with stages gives their number.
+    Gluon's kernels take the options of Triton's. Their stages are their own: a configuration need not name a number.
 
     FP fusion is pinned, because bits depend on it and Triton's default is about to change. Without it, two kernels of
     the same source have the same bits: which of two products a sum is fused with is the compiler's choice.
