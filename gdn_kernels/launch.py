@@ -139,6 +139,11 @@ def has_fp8(target: Target) -> bool:
     return target.backend == "interpreter" or target.arch == "gfx950"
 
 
+def has_descriptors(target: Target) -> bool:
+    """Whether kernels for ``target`` can take a :func:`descriptor`: those written in Gluon for Hopper, so far."""
+    return target.backend == "cuda" and target.arch == 90
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations: frozen data, picked by pure functions from ladders
 # ---------------------------------------------------------------------------------------------------------------
@@ -415,7 +420,9 @@ _compiled: list[tuple[str, Any]] | None = None
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
-    """Launch ``kernel`` on the device of its first tensor argument; an empty grid launches nothing.
+    """Launch ``kernel`` on the device of its first tensor or descriptor; an empty grid launches nothing.
+
+    Gluon's kernels take the options of Triton's. Their stages are their own: a configuration need not name a number.
 
     FP fusion is pinned, because bits depend on it and Triton's default is about to change. Without it, two kernels of
     the same source have the same bits: which of two products a sum is fused with is the compiler's choice.
@@ -423,15 +430,18 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
     if 0 in grid:
         return
     _kernels[kernel.__name__] = kernel
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fp_fusion}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": fp_fusion}
+    if hasattr(config, "num_stages"):
+        options["num_stages"] = config.num_stages
+    bases = (getattr(arg, "base", arg) for arg in args)
+    device = next(base.device for base in bases if isinstance(base, torch.Tensor))
     if "PDL" in kernel.arg_names:
-        constexprs["PDL"] = has_pdl(target(args[0].device))
+        constexprs["PDL"] = has_pdl(target(device))
         if constexprs["PDL"]:  # not an option of every backend
             options["launch_pdl"] = True
     if _compiled is not None:
         _compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **constexprs, **options)))
         return
-    device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             compiled = kernel[grid](*args, **constexprs, **options)
@@ -459,6 +469,16 @@ def view(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     if recording is not None:
         recording.viewed(tensor, base)
     return tensor
+
+
+def descriptor(base: torch.Tensor, shape: Any, strides: Any, block_shape: Any, layout: Any) -> Any:
+    """Gluon's tensor descriptor, an argument of a kernel that loads and stores blocks with TMA.
+
+    ``base`` is an argument of the operator, what :func:`empty` gave, or a :func:`view` of one of them.
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(base, list(shape), list(strides), list(block_shape), layout)
 
 
 def replayable() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 import threading
@@ -410,6 +411,40 @@ def test_compile_only_forces_its_target_and_restores(kernel: Kernel) -> None:
     with pytest.raises(KeyError), launch.compile_only(target):
         raise KeyError("inside")
     assert launch.target(cpu) == Target("interpreter", 0)
+
+
+def test_a_descriptor_names_the_device_and_stages_are_optional(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(launch, "target", lambda device: asked.append(device) or Target("cuda", 90))
+    kernel.arg_names = [*kernel.arg_names, "PDL"]
+    descriptor = types.SimpleNamespace(base=torch.zeros(3, device="meta"))
+    launch.run(kernel, (5,), 3, descriptor, torch.zeros(3), config=types.SimpleNamespace(num_warps=4))
+    ((_, _, options),) = kernel.launched
+    assert asked == [torch.device("meta")]
+    assert options == {"num_warps": 4, "enable_fp_fusion": True, "PDL": True, "launch_pdl": True}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_descriptors_are_hoppers(target: Target) -> None:
+    assert launch.has_descriptors(target) is (target == Target("cuda", 90))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compile_only_builds_one_binary_of_a_kernel_with_descriptors(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    import gluon_copy
+    import triton_support
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(driver, "_active", triton_support.StandInDriver("cuda", 90))
+    monkeypatch.setattr(launch, "_kernels", {})
+    caches = collections.defaultdict(gluon_copy.copy_rows.create_binder)
+    monkeypatch.setattr(gluon_copy.copy_rows, "device_caches", caches)
+    with launch.compile_only(Target("cuda", 90)) as compiled:
+        for tokens in (9, 72, 100, 500):
+            gluon_copy.copy(torch.zeros(tokens, gluon_copy.COLS, dtype=torch.bfloat16, device=device))
+    assert len(compiled) == 4 and launch.binaries() == 1
+    assert "cp.async.bulk.tensor" in compiled[0][1].asm["ptx"]
 
 
 def test_binaries_counts_what_the_kernels_hold(kernel: Kernel) -> None:

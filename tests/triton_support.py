@@ -283,7 +283,7 @@ class _StandInUtils:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 1, "warpSize": 32}
 
 
-class _StandInDriver:
+class StandInDriver:
     """Triton's active driver for a target that this machine does not have: compiles, never launches."""
 
     def __init__(self, backend: str, arch: int | str) -> None:
@@ -314,7 +314,7 @@ def install_driver(backend: str, arch: int | str) -> None:
     """Have this process compile for the given target; nothing can be launched afterwards."""
     from triton.runtime.driver import driver
 
-    driver.set_active(_StandInDriver(backend, arch))
+    driver.set_active(StandInDriver(backend, arch))
 
 
 def _ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
