@@ -206,12 +206,28 @@ class PrepConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockPrepConfig:
+    """Chunk preparation in two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
+    by blocks, then ``heads`` a program for the products. Fewer where those of a key head do not divide by it."""
+
+    inverse_heads: int
+    heads: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ScanConfig:
-    """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program."""
+    """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program.
+
+    ``overlapped``: the kernel for tensor descriptors and matrix units that run beside the threads, for sm_90 and K up
+    to 128; 64 rows in 4 warps, so that products become wgmma with the state in registers.
+    """
 
     block_v: int
     num_warps: int
     num_stages: int
+    overlapped: bool = False
 
 
 # Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
@@ -302,6 +318,9 @@ PREP_LADDER = {
     "hip": PrepConfig(num_warps=4),
 }
 
+# The other form, for every head size and architecture: not yet timed on a GPU, so no rung of the ladder names it.
+BLOCK_PREP_CONFIG = BlockPrepConfig(inverse_heads=4, heads=4, num_warps=4)
+
 # Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
 # preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
 # 1160; 128 rows, 8 warps, 2 stages 578, 533, 1240. Elsewhere what leaves no spills.
@@ -323,6 +342,9 @@ SCAN_LADDER = {
     ),
 }
 
+# What stands in for an overlapped rung where rows of q, k, v or o do not start on 16 bytes.
+PLAIN_SCAN_CONFIG = ScanConfig(block_v=32, num_warps=4, num_stages=2)
+
 
 def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     """The architecture's own entry of a ladder, else its backend's; the interpreter takes CUDA's."""
@@ -331,17 +353,20 @@ def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     return ladder["hip" if target.backend == "hip" else "cuda"]
 
 
-def prep_config(target: Target) -> PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
+def prep_config(target: Target) -> PrepConfig | BlockPrepConfig:
+    """Chunk preparation: its form, and the form's configuration."""
     return _family(target, PREP_LADDER)
 
 
-def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
-    """Chunk recurrence: the rung for head size K on the target's architecture."""
+def scan_config(head_k_dim: int, target: Target, tiles: bool = True) -> ScanConfig:
+    """Chunk recurrence: the rung for head size K on the target's architecture.
+
+    ``tiles``: whether tensor descriptors can address the operands; where not, a plain rung serves.
+    """
     ladder = _family(target, SCAN_LADDER)
     for limit, config in ladder:
         if head_k_dim <= limit:
-            return config
+            return config if tiles or not config.overlapped else PLAIN_SCAN_CONFIG
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
@@ -414,8 +439,18 @@ _kernels: dict[str, Any] = {}
 _compiled: list[tuple[str, Any]] | None = None
 
 
-def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    config: Any,
+    fp_fusion: bool = True,
+    scratch: bool = False,
+    **constexprs: Any,
+) -> None:
     """Launch ``kernel`` on the device of its first tensor argument; an empty grid launches nothing.
+
+    ``scratch``: the kernel makes tensor descriptors, for which Triton allocates memory at the launch.
 
     FP fusion is pinned, because bits depend on it and Triton's default is about to change. Without it, two kernels of
     the same source have the same bits: which of two products a sum is fused with is the compiler's choice.
@@ -432,11 +467,12 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
         _compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **constexprs, **options)))
         return
     device = args[0].device
+    start = functools.partial(replay.with_scratch, kernel[grid]) if scratch else kernel[grid]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            compiled = kernel[grid](*args, **constexprs, **options)
+            compiled = start(*args, **constexprs, **options)
     else:
-        compiled = kernel[grid](*args, **constexprs, **options)
+        compiled = start(*args, **constexprs, **options)
     recording = replay.current()
     if recording is not None:
         rest = (constexprs[name] for name in kernel.arg_names[len(args) :])

@@ -16,6 +16,7 @@ Triton whose compiled kernels look different, makes the signature unrepeatable: 
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable
@@ -143,7 +144,30 @@ def _start(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., None], t
         if run.global_scratch_size == run.profile_scratch_size == 0:
             flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
             return run.launch, grid, (function, *flags, metadata, *hooks)
+    if getattr(run, "global_scratch_size", 0):
+        return functools.partial(with_scratch, run), grid, (function, metadata, *hooks)
     return run, grid, (function, metadata, *hooks)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@functools.cache
+def _scratch_context() -> contextvars.Context:
+    import triton
+
+    context = contextvars.Context()
+    context.run(triton.set_allocator, _scratch)
+    return context
+
+
+def with_scratch(start: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``start(*args, **options)``, a launch, where Triton may allocate memory for the kernel's descriptors.
+
+    Triton asks an allocator in a context variable: this one is set for the launch alone, in whichever thread.
+    """
+    return _scratch_context().copy().run(start, *args, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch
+from gdn_kernels import launch, replay
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -135,6 +135,7 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
+    "block-prep": launch.BLOCK_PREP_CONFIG,
     **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
@@ -167,7 +168,7 @@ def test_a_rung_is_well_formed(name: str) -> None:
         assert isinstance(value, int)
         if field.name == "num_stages":
             assert 1 <= value <= 4
-        else:
+        elif field.name != "overlapped":
             assert power_of_two(value), f"{field.name} = {value}"
     assert 1 <= config.num_warps <= 16
 
@@ -224,6 +225,29 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("size", HEAD_DIMS)
+def test_operands_that_descriptors_cannot_address_have_a_plain_scan(size: int, target: Target) -> None:
+    assert not launch.scan_config(size, target, tiles=False).overlapped
+    if launch.scan_config(size, target).overlapped:
+        assert (target, size <= 128) == (Target("cuda", 90), True)
+
+
+def test_scratch_is_allocated_in_the_launch_alone() -> None:
+    triton = pytest.importorskip("triton")
+    allocation = pytest.importorskip("triton.runtime._allocation")
+    before = allocation._allocator.get()
+    assert replay.with_scratch(lambda: allocation._allocator.get()) is replay._scratch
+    assert allocation._allocator.get() is before
+    mine = lambda size, alignment, stream: None  # noqa: E731
+    triton.set_allocator(mine)
+    try:
+        replay.with_scratch(lambda: None)
+        assert allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(before)
+
+
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:
     for call in (lambda: launch.recurrent_config(512), lambda: launch.scan_config(512, Target("cuda", 90))):
         with pytest.raises(NotImplementedError, match=r"^head_k_dim must be at most 256, got 512$"):
@@ -236,7 +260,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
+    static = {"group_size", "head_k_dim", "head_v_dim", "target", "tiles"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 

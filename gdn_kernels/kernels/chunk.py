@@ -15,7 +15,7 @@ A chunk of sequence n has a place in scratch that no other sequence shares, with
 cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
 tokens.
 
-Left out: splitting one sequence over programs, sharing a key head's products between its value heads.
+The preparation is in kernels/chunk_prep.py. Left out: splitting one sequence over programs.
 """
 
 import torch
@@ -23,183 +23,8 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, sigmoid
-from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, slots, span
-
-CHUNK = 64
-C = tl.constexpr(CHUNK)
-LOG2E = tl.constexpr(1.4426950408889634)
-# Log2 of the smallest decay of one token: exp2(-60) is zero beside any state, and 64 of them still add up exactly.
-MIN_LOG2_GATE = tl.constexpr(-60.0)
-
-
-@triton.jit
-def unit_lower_inverse(L, OPERAND: tl.constexpr):
-    """(I + L)^-1 of a strictly lower [64, 64] L, by doubling the solved diagonal blocks: T <- T - T (L * M_l) T.
-
-    M_l keeps the off-diagonal blocks of level l. No product has entries beyond those of the inverse itself, so
-    identical keys do no harm, which a power series of L would not survive. Rounding the operands to fp16 leaves an
-    error of 1e-3, but 5e-2 where beta nears 2 on identical keys: one Newton step on a residual of twice the precision
-    squares that.
-    """
-    r = tl.arange(0, C)[:, None]
-    c = tl.arange(0, C)[None, :]
-    eye = tl.where(r == c, 1.0, 0.0)
-    T = eye - tl.where(r // 2 == c // 2, L, 0.0)
-    for level in tl.static_range(1, 6):
-        below = (r // (2**level) != c // (2**level)) & (r // (2 ** (level + 1)) == c // (2 ** (level + 1)))
-        operand = T.to(OPERAND)
-        U = tl.dot(tl.where(below, L, 0.0).to(OPERAND), operand)
-        T = T - tl.dot(operand, U.to(OPERAND))
-    L_high = L.to(OPERAND)
-    T_high = T.to(OPERAND)
-    residual = eye - T - tl.dot(L_high, T_high)
-    residual -= tl.dot(L_high, (T - T_high.to(tl.float32)).to(OPERAND))
-    residual -= tl.dot((L - L_high.to(tl.float32)).to(OPERAND), T_high)
-    return T + tl.dot(T_high, residual.to(OPERAND))
-
-
-@triton.jit
-def chunk_of(cu_seqlens_ptr, place, N, T):
-    """Batch row, first token and length of the sequence at scratch place ``place``, and which of its chunks that is."""
-    if cu_seqlens_ptr is not None:
-        low = place * 0
-        high = low + N - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first // C + middle <= place:
-                low = middle
-            else:
-                high = middle - 1
-        batch, start, length = span(cu_seqlens_ptr, low, T)
-        chunk = place - (start // C + low)
-    else:
-        chunks = (T + C - 1) // C
-        batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
-        chunk = place % chunks
-    return batch, chunk, start, length
-
-
-@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
-def prep_kernel(
-    q_ptr,
-    k_ptr,
-    g_ptr,
-    beta_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    x_ptr,
-    r_ptr,
-    factor_ptr,
-    o_ptr,
-    cu_seqlens_ptr,
-    N: tl.int32,
-    T: tl.int32,
-    key_columns: tl.int32,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_g_b: tl.int64,
-    stride_g_t: tl.int64,
-    stride_beta_b: tl.int64,
-    stride_beta_t: tl.int64,
-    stride_o_t,
-    stride_o_h,
-    scale,
-    beta_scale,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    IS_RAW_GATE: tl.constexpr,
-    USE_QK_L2NORM: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """One chunk and value head: X, R and the row factors of the scan; and zeros for the tokens of no sequence."""
-    pid = tl.program_id(0)
-    hv = pid % HV
-    place = (pid // HV).to(tl.int64)
-    h = hv // (HV // H)
-    o64 = tl.arange(0, C)
-
-    if cu_seqlens_ptr is not None:
-        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
-        t = place * C + o64
-        if (place + 1) * C > end:
-            tail = (t >= end) & (t < T)
-            columns = tl.arange(0, V)
-            zeros = tl.zeros([C, V], dtype=o_ptr.dtype.element_ty)
-            tl.store(o_ptr + t[:, None] * stride_o_t + hv * stride_o_h + columns[None, :], zeros, mask=tail[:, None])
-
-    if N > 0:
-        batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
-        if (chunk >= 0) & (chunk * C < length):
-            first = start + chunk * C
-            valid = o64 < length - chunk * C
-            k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
-            q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
-            g_ptrs = g_ptr + batch * stride_g_b + (first + o64) * stride_g_t + hv
-            beta_ptrs = beta_ptr + batch * stride_beta_b + (first + o64) * stride_beta_t + hv
-            g = tl.load(g_ptrs, mask=valid, other=0.0).to(tl.float32)
-            b = tl.load(beta_ptrs, mask=valid, other=0.0).to(tl.float32)
-            if IS_RAW_GATE:
-                A_log = tl.load(A_log_ptr + hv).to(tl.float32)
-                dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
-                g = tl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                b = tl.where(valid, beta_scale * sigmoid(b), 0.0)
-            gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
-            # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
-            total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
-
-            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a
-            # runtime number, because a loop of one known turn dissolves and its tiles live on (692 bytes of spills).
-            row = o64[:, None]
-            column = o64[None, :]
-            k_offsets = row * stride_k_t + column
-            q_offsets = row * stride_q_t + column
-            kk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                kk = tl.dot(k, tl.trans(k), kk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1)
-            norm_k = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_k = inv_l2norm(squares, L2NORM_EPS)
-            kk = kk * norm_k[:, None] * norm_k[None, :]
-            inverse = unit_lower_inverse(tl.where(row > column, kk * b[:, None], 0.0), OPERAND) * b[None, :]
-
-            head = place * HV + hv
-            qk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            left = tl.trans((inverse * norm_k[:, None]).to(k_ptr.dtype.element_ty))
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                q = tl.load(q_base + c + q_offsets, mask=valid[:, None], other=0.0)
-                x = tl.dot(left, k)
-                tl.store(x_ptr + head * (C * K) + c + row * K + column, x.to(x_ptr.dtype.element_ty))
-                qk = tl.dot(q, tl.trans(k), qk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-            norm_q = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_q = inv_l2norm(squares, L2NORM_EPS)
-            qk = tl.where(row >= column, qk * norm_q[:, None] * norm_k[None, :], 0.0)
-            decay = tl.exp2(tl.where(row >= column, gates[:, None] - gates[None, :], 0.0))
-            r = scale * decay * tl.dot(qk.to(k_ptr.dtype.element_ty), inverse.to(k_ptr.dtype.element_ty))
-            tl.store(r_ptr + head * (C * C) + row * C + column, r.to(r_ptr.dtype.element_ty))
-
-            factor_ptrs = factor_ptr + head * (4 * C) + o64
-            decay = tl.exp2(gates)
-            tl.store(factor_ptrs, decay * norm_k)
-            tl.store(factor_ptrs + C, decay * norm_q * scale)
-            tl.store(factor_ptrs + 2 * C, tl.exp2(total - gates))
-            tl.store(factor_ptrs + 3 * C, tl.exp2(total + 0.0 * gates))
+from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare
+from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
@@ -322,6 +147,146 @@ def scan_kernel(
     tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
 
 
+@triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
+def overlapped_scan_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    x_ptr,
+    r_ptr,
+    factor_ptr,
+    o_ptr,
+    initial_ptr,
+    final_ptr,
+    checkpoint_ptr,
+    cu_seqlens_ptr,
+    read_ptr,
+    write_ptr,
+    has_initial_ptr,
+    checkpoint_offset_ptr,
+    T: tl.int32,
+    num_slots: tl.int32,
+    pad_slot_id: tl.int32,
+    num_checkpoints: tl.int32,
+    checkpoint_chunks: tl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_o_b,
+    stride_o_t,
+    stride_o_h,
+    stride_initial,
+    stride_final,
+    stride_checkpoint,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What :func:`scan_kernel` does, for matrix units that run beside the threads and memory that is copied by tiles.
+
+    A product whose result is read in the same turn of the loop is waited for at once, so q S^T and R W are read in the
+    next turn: they run while W is formed, and one wait serves them and the new S. Nothing may run past the turn's end,
+    where S is rounded: ptxas then waits after every instruction. Descriptors end with the sequence: rows past it are
+    loaded as zeros, so that W is zero there, and are not stored.
+    """
+    pid = tl.program_id(0)
+    block = pid % (V // BLOCK_V)
+    hv = (pid // (V // BLOCK_V)) % HV
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    h = hv // (HV // H)
+    first_row = block * BLOCK_V
+    rows = first_row + tl.arange(0, BLOCK_V)
+    o64 = tl.arange(0, C)
+    inner = (hv * V + rows)[:, None] * K + tl.arange(0, K)[None, :]
+
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    if cu_seqlens_ptr is not None:
+        place = start // C + n
+    else:
+        place = n * ((T + C - 1) // C)
+    read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
+
+    S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
+    if initial_ptr is not None:
+        S = tl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0).to(tl.float32)
+    checkpoint = n * 0
+    checkpoint_end = n * 0
+    if checkpoint_ptr is not None:
+        checkpoint = tl.load(checkpoint_offset_ptr + n).to(tl.int64)
+        checkpoint_end = tl.load(checkpoint_offset_ptr + n + 1).to(tl.int64)
+        checkpoint_end = tl.minimum(checkpoint_end, n * 0 + num_checkpoints)
+
+    chunks = (length + C - 1) // C
+    head = place * HV + hv
+    q_base = q_ptr + batch * stride_q_b + start * stride_q_t + h * stride_q_h
+    k_base = k_ptr + batch * stride_k_b + start * stride_k_t + h * stride_k_h
+    v_base = v_ptr + batch * stride_v_b + start * stride_v_t + hv * stride_v_h
+    o_base = o_ptr + batch * stride_o_b + start * stride_o_t + hv * stride_o_h
+    factor_ptrs = factor_ptr + head * (4 * C) + o64
+    # chunks of one head are HV tiles apart
+    step = HV * C
+    if active & (length > 0):
+        q_tiles = tl.make_tensor_descriptor(q_base, [length, K], [stride_q_t, 1], [C, K])
+        k_tiles = tl.make_tensor_descriptor(k_base, [length, K], [stride_k_t, 1], [C, K])
+        v_tiles = tl.make_tensor_descriptor(v_base, [length, V], [stride_v_t, 1], [C, BLOCK_V])
+        o_tiles = tl.make_tensor_descriptor(o_base, [length, V], [stride_o_t, 1], [C, BLOCK_V])
+        x_tiles = tl.make_tensor_descriptor(x_ptr + head * (C * K), [chunks * step, K], [K, 1], [C, K])
+        r_tiles = tl.make_tensor_descriptor(r_ptr + head * (C * C), [chunks * step, C], [C, 1], [C, C])
+        qs = tl.zeros([BLOCK_V, C], dtype=tl.float32)
+        rw = tl.zeros([BLOCK_V, C], dtype=tl.float32)
+        for i in tl.range(0, chunks, num_stages=STAGES):
+            k = k_tiles.load([i * C, 0])
+            q = q_tiles.load([i * C, 0])
+            v = v_tiles.load([i * C, first_row])
+            x = x_tiles.load([i * step, 0])
+            r = r_tiles.load([i * step, 0])
+            turn = n * 0 + i
+            factor_k = tl.load(factor_ptrs + turn * (4 * step))
+            factor_w = tl.load(factor_ptrs + turn * (4 * step) + 2 * C)
+            total = tl.load(factor_ptr + (head + turn * HV) * (4 * C) + 3 * C)
+            factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + C)
+
+            operand = S.to(k.dtype)
+            ks = tl.dot(operand, tl.trans(k))
+            # of the chunk before; in the first turn all of it lies before the sequence
+            o = tl.trans(qs * factor_q[None, :] + rw)
+            o_tiles.store([i * C - C, first_row], o.to(o_ptr.dtype.element_ty))
+            qs = tl.dot(operand, tl.trans(q))
+            w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
+            rw = tl.dot(w.to(k.dtype), tl.trans(r))
+            S = tl.dot((w * factor_w[None, :]).to(k.dtype), x, S * total)
+
+            if checkpoint_ptr is not None:
+                due = ((i + 1) % checkpoint_chunks == 0) & ((i + 1) * C <= length)
+                due = due & (checkpoint >= 0) & (checkpoint < checkpoint_end)
+                if due:
+                    tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
+                checkpoint += ((i + 1) % checkpoint_chunks == 0).to(tl.int64)
+        factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + C)
+        o = tl.trans(qs * factor_q[None, :] + rw)
+        o_tiles.store([chunks * C - C, first_row], o.to(o_ptr.dtype.element_ty))
+    else:
+        offsets = o64[:, None] * stride_o_t + rows[None, :]
+        for i in range(chunks):
+            zeros = tl.zeros([C, BLOCK_V], dtype=o_ptr.dtype.element_ty)
+            tl.store(o_base + (n * 0 + i * C) * stride_o_t + offsets, zeros, mask=(o64 < length - i * C)[:, None])
+    tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
+
+
+def _has_tiles(x):
+    """Whether descriptors can address ``x``: its rows start on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
 def _launch(
     q,
     k,
@@ -355,46 +320,32 @@ def _launch(
         count = cu_seqlens.shape[0] - 1
         places = tokens // CHUNK + count + 1
     target = launch.target(q.device)
-    prep = launch.config("chunk_prep", target)
     scan = launch.config("chunk_scan", K, target)
     x = launch.empty(q, places, HV, CHUNK, K)
     r = launch.empty(q, places, HV, CHUNK, CHUNK)
     factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
-    launch.run(
-        prep_kernel,
-        (places * HV,),
+    prepare(
         q,
         k,
         g,
         beta,
-        A_log,
-        dt_bias,
+        o,
         x,
         r,
         factors,
-        o,
-        cu_seqlens,
-        count,
-        tokens,
-        K,
-        *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-        *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
-        o.stride(1),
-        o.stride(2),
-        K**-0.5 if scale is None else scale,
-        beta_scale,
-        config=prep,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        IS_RAW_GATE=A_log is not None,
-        USE_QK_L2NORM=use_qk_l2norm,
-        # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
-        OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
+        config=launch.config("chunk_prep", target),
+        count=count,
+        cu_seqlens=cu_seqlens,
+        scale=K**-0.5 if scale is None else scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_scale=beta_scale,
     )
+    if scan.overlapped and not all(map(_has_tiles, (q, k, v, o))):
+        scan = launch.scan_config(K, target, tiles=False)
     launch.run(
-        scan_kernel,
+        overlapped_scan_kernel if scan.overlapped else scan_kernel,
         (count * HV * (V // scan.block_v),),
         q,
         k,
@@ -421,6 +372,7 @@ def _launch(
         final.stride(0),
         0 if checkpoints is None else checkpoints.stride(0),
         config=scan,
+        scratch=scan.overlapped,
         H=H,
         HV=HV,
         K=K,
