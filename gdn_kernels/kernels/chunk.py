@@ -124,7 +124,6 @@ def scan_kernel(
             factor_ptrs = factor_ptr + head * (4 * C) + o64
             factor_k = tl.load(factor_ptrs)
             factor_q = tl.load(factor_ptrs + C)
-            factor_w = tl.load(factor_ptrs + 2 * C)
             total = tl.load(factor_ptr + head * (4 * C) + 3 * C)
 
             operand = S.to(k.dtype)
@@ -132,7 +131,7 @@ def scan_kernel(
             qs = tl.dot(operand, tl.trans(q))
             w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
             o = tl.dot(w.to(k.dtype), tl.trans(r), qs * factor_q[None, :])
-            S = tl.dot((w * factor_w[None, :]).to(k.dtype), x, S * total)
+            S = tl.dot(w.to(k.dtype), x, S * total)
             tl.store(o_base + t * stride_o_t + o_offsets, tl.trans(o).to(o_ptr.dtype.element_ty), mask=valid)
 
             if checkpoint_ptr is not None:
@@ -251,7 +250,6 @@ def overlapped_scan_kernel(
             r = r_tiles.load([i * step, 0])
             turn = n * 0 + i
             factor_k = tl.load(factor_ptrs + turn * (4 * step))
-            factor_w = tl.load(factor_ptrs + turn * (4 * step) + 2 * C)
             total = tl.load(factor_ptr + (head + turn * HV) * (4 * C) + 3 * C)
             factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + C)
 
@@ -263,7 +261,7 @@ def overlapped_scan_kernel(
             qs = tl.dot(operand, tl.trans(q))
             w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
             rw = tl.dot(w.to(k.dtype), tl.trans(r))
-            S = tl.dot((w * factor_w[None, :]).to(k.dtype), x, S * total)
+            S = tl.dot(w.to(k.dtype), x, S * total)
 
             if checkpoint_ptr is not None:
                 due = ((i + 1) % checkpoint_chunks == 0) & ((i + 1) * C <= length)

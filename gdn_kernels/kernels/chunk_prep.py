@@ -175,7 +175,8 @@ def prep_kernel(
             head = place * HV + hv
             qk = tl.zeros([C, C], dtype=tl.float32)
             squares = tl.zeros([C], dtype=tl.float32)
-            left = tl.trans((inverse * norm_k[:, None]).to(k_ptr.dtype.element_ty))
+            decayed = inverse * norm_k[:, None] * tl.exp2(total - gates)[None, :]
+            left = tl.trans(decayed.to(k_ptr.dtype.element_ty))
             for c in range(0, key_columns, C):
                 k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
                 q = tl.load(q_base + c + q_offsets, mask=valid[:, None], other=0.0)
@@ -554,7 +555,7 @@ def product_kernel(
                 for s in tl.static_range(0, K, BLOCK_K):
                     if K > BLOCK_K:
                         k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid[:, None], other=0.0)
-                    x = tl.dot(y, k)
+                    x = tl.dot(y, k) * tl.exp2(total - gates)[:, None]
                     tl.store(x_ptr + head * (C * K) + row * K + s + columns, x.to(x_ptr.dtype.element_ty))
                 # all of Y and of the gates is read before R and factors take their places
                 tl.debug_barrier()
