@@ -61,8 +61,7 @@ SCANS = {
     ),
     "chunk_prep": (
         [
-            *(launch.PrepConfig(num_warps=warps) for warps in (2, 4, 8, 16)),
-            *(launch.BlockPrepConfig(*each) for each in itertools.product((1, 2, 4), (1, 2, 4), (4, 8))),
+            *(launch.PrepConfig(*each) for each in itertools.product((1, 2, 4), (1, 2, 4), (4, 8))),
         ],
         ("qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-paged-8192"),
     ),

@@ -199,15 +199,7 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
-
-    num_warps: int
-    num_stages: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockPrepConfig:
-    """Chunk preparation in two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
+    """Chunk preparation, two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
     by blocks, then ``heads`` a program for the products. Fewer where those of a key head do not divide by it."""
 
     inverse_heads: int
@@ -310,16 +302,14 @@ def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim), num_warps=num_warps)
 
 
-# Architecture -> warps of the chunk preparation. H100, 2026-11-23, whole prefill in us, heads 2/8 1x8192, 8/32 8x1024,
-# 16/64 1x8192: 4 warps 472, 427, 807; 8 warps 508, 606, 1158; 2 warps 490, 482, 919. Elsewhere what spills least.
-PREP_LADDER = {
-    90: PrepConfig(num_warps=4),
-    "cuda": PrepConfig(num_warps=8),
-    "hip": PrepConfig(num_warps=4),
-}
-
-# The other form, for every head size and architecture: not yet timed on a GPU, so no rung of the ladder names it.
-BLOCK_PREP_CONFIG = BlockPrepConfig(inverse_heads=4, heads=4, num_warps=4)
+# Value heads -> configuration; the last serves more of them too. Few heads make few programs, which want one each; many
+# want a key head's products shared. Bits do not depend on it. K = V = 128, H100, 2026-11-23, us for heads 2/8 1x2048,
+# 2/8 1x8192, 8/32 8x1024, 16/64 1x8192: inverses of 4 heads a program 15.2, 17.8, 29, 60; 2 heads 9.4, 11.8, 40, 64;
+# 1 head 6.5, 11.1, 43, 83; products of 4 heads 8.2, 13.1, 66, 130; 2 heads 6.1, 15, 72, 140; 1 head 5.2, 15.4, 64, 128.
+PREP_LADDER = (
+    (16, PrepConfig(inverse_heads=1, heads=1, num_warps=4)),
+    (64, PrepConfig(inverse_heads=4, heads=1, num_warps=4)),
+)
 
 # Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
 # preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
@@ -353,9 +343,9 @@ def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     return ladder["hip" if target.backend == "hip" else "cuda"]
 
 
-def prep_config(target: Target) -> PrepConfig | BlockPrepConfig:
-    """Chunk preparation: its form, and the form's configuration."""
-    return _family(target, PREP_LADDER)
+def prep_config(num_v_heads: int) -> PrepConfig:
+    """Chunk preparation: the rung for HV value heads."""
+    return next((config for limit, config in PREP_LADDER if num_v_heads <= limit), PREP_LADDER[-1][1])
 
 
 def scan_config(head_k_dim: int, target: Target, tiles: bool = True) -> ScanConfig:

@@ -45,8 +45,8 @@ def chunk_case(dtype, K, V):
     )
 
 
-def plain_chunk_case(dtype, K, V):
-    inputs = delta_inputs((2,), H=2, HV=4, K=K, V=V, dtype=dtype)
+def plain_chunk_case(dtype, K, V, H=2, HV=4):
+    inputs = delta_inputs((2,), H=H, HV=HV, K=K, V=V, dtype=dtype)
     chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
 
 
@@ -55,11 +55,6 @@ def overlapped_case(call, config):
     made_for = launch.target(torch.device("cpu")).arch == 90
     with launch.pinned("chunk_scan", config) if made_for else contextlib.nullcontext():
         call()
-
-
-def blocks_case(call, dtype, K, V):
-    with launch.pinned("chunk_prep", launch.BLOCK_PREP_CONFIG):
-        call(dtype, K, V)
 
 
 def recurrent_case(state_dtype, K, V, rounding_seed=None):
@@ -103,8 +98,8 @@ for block_v, num_warps, stages, name, call, dtype, K in (
     config = launch.ScanConfig(block_v, num_warps, stages, overlapped=True)
     call = functools.partial(overlapped_case, functools.partial(call, dtype, K, 128), config)
     case(f"chunk-overlapped-{block_v}-{name}")(call)
-case("chunk-blocks-bf16-128x128")(functools.partial(blocks_case, chunk_case, torch.bfloat16, 128, 128))
-case("chunk-blocks-fp16-128x128-plain")(functools.partial(blocks_case, plain_chunk_case, torch.float16, 128, 128))
+# Four value heads a program of the inverses.
+case("chunk-bf16-128x128-8-of-32")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 8, 32))
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))

@@ -19,10 +19,10 @@ from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
 
-# Both kernels of each of the two stages; what lies between them is the same, so two pairs are enough.
+# Both scans, with one value head a program of the preparation and with several; they do not depend on each other.
 PAIRS = {
-    "tiles-plain": (launch.PREP_LADDER["cuda"], launch.ScanConfig(32, 4, 2)),
-    "blocks-overlapped": (launch.BLOCK_PREP_CONFIG, launch.ScanConfig(64, 4, 3, overlapped=True)),
+    "plain": (launch.PrepConfig(1, 1, 4), launch.ScanConfig(32, 4, 2)),
+    "overlapped": (launch.PrepConfig(4, 4, 4), launch.ScanConfig(64, 4, 3, overlapped=True)),
 }
 
 

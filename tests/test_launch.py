@@ -128,6 +128,7 @@ LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
     "step": launch.STEP_LADDER,
+    "prep": launch.PREP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
 }
 CONFIGS = {
@@ -135,8 +136,6 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
-    "block-prep": launch.BLOCK_PREP_CONFIG,
-    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
 TYPES = {type(config) for config in CONFIGS.values()}
@@ -179,7 +178,7 @@ def test_the_limits_of_a_ladder_rise(name: str) -> None:
     assert limits == sorted(set(limits)) and all(map(power_of_two, limits))
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step")])
+@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step", "prep")])
 def test_a_ladder_covers_every_head_size(name: str) -> None:
     assert tuple(limit for limit, _ in LADDERS[name]) == HEAD_DIMS
     for limit, config in LADDERS[name]:
@@ -208,6 +207,11 @@ def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     assert config.block_rows * config.block_cols <= 64 * 32 * config.num_warps
 
 
+@pytest.mark.parametrize(("heads", "inverse_heads"), [(1, 1), (16, 1), (17, 4), (64, 4), (128, 4)])
+def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_heads: int) -> None:
+    assert launch.prep_config(heads).inverse_heads == inverse_heads
+
+
 def test_a_group_past_the_ladder_names_the_limit() -> None:
     with pytest.raises(NotImplementedError, match=r"^group_size must be at most 65536, got 65537$"):
         launch.norm_config(65537)
@@ -221,7 +225,6 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
         return target.arch if target.arch in ladder else "hip" if target.backend == "hip" else "cuda"
 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
-    assert launch.prep_config(target) is launch.PREP_LADDER[family(launch.PREP_LADDER)]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
 
 
@@ -260,7 +263,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "target", "tiles"}
+    static = {"group_size", "head_k_dim", "head_v_dim", "num_v_heads", "target", "tiles"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -274,7 +277,7 @@ FACTS = {
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
-    "chunk_prep": [(target,) for target in TARGETS],
+    "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
 }
 

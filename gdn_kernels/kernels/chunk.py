@@ -3,13 +3,16 @@
 gamma_t is exp of the gates summed within the chunk, G_ij = gamma_i / gamma_j for i >= j (else 0), k^ and q^ the rows of
 k and q (divided by their norms if asked), L the strictly lower part of diag(beta) k^ k^T:
 
-    T = (I + L)^-1 diag(beta),   X = T^T k^,   R = scale G * (tril(q^ k^T) T)        preparation, all chunks at once
-    W = v - gamma * (k^ S^T),    o = scale gamma * (q^ S^T) + R W,
-    S <- gamma_C S + ((gamma_C / gamma) * W)^T X                                      scan, along each sequence
+    T = G * ((I + L)^-1 diag(beta)),   X = T^T diag(gamma_C / gamma) k^,   R = scale (G * (q^ k^T)) T
+                                                                                     preparation, all chunks at once
+    W = v - gamma * (k^ S^T),   o = scale gamma * (q^ S^T) + R W,   S <- gamma_C S + W^T X
+                                                                                     scan, along each sequence
 
-T does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a chunk.
+The inverse does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a
+chunk. Four rows of factors are fp32: the gates summed within the chunk, in log2; gamma / |k|; scale gamma / |q|; and
+scale / |q|, where a norm is 1 unless k and q are to be normalised.
 S is [V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every
-exponent is of a number that is not positive: i >= j is selected before the exponential.
+exponent is of a number that is not positive.
 
 A chunk of sequence n has a place in scratch that no other sequence shares, without a plan from the host: its number is
 cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
@@ -23,7 +26,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare
+from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare_inverse, prepare_products
 from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
 
@@ -122,9 +125,9 @@ def scan_kernel(
             x = tl.load(x_ptr + head * (C * K) + x_offsets)
             r = tl.load(r_ptr + head * (C * C) + r_offsets)
             factor_ptrs = factor_ptr + head * (4 * C) + o64
-            factor_k = tl.load(factor_ptrs)
-            factor_q = tl.load(factor_ptrs + C)
-            total = tl.load(factor_ptr + head * (4 * C) + 3 * C)
+            factor_k = tl.load(factor_ptrs + C)
+            factor_q = tl.load(factor_ptrs + 2 * C)
+            total = tl.exp2(tl.load(factor_ptr + head * (4 * C) + C - 1))
 
             operand = S.to(k.dtype)
             ks = tl.dot(operand, tl.trans(k))
@@ -249,15 +252,16 @@ def overlapped_scan_kernel(
             x = x_tiles.load([i * step, 0])
             r = r_tiles.load([i * step, 0])
             turn = n * 0 + i
-            factor_k = tl.load(factor_ptrs + turn * (4 * step))
-            total = tl.load(factor_ptr + (head + turn * HV) * (4 * C) + 3 * C)
-            factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + C)
+            factor_k = tl.load(factor_ptrs + turn * (4 * step) + C)
+            total = tl.exp2(tl.load(factor_ptr + (head + turn * HV) * (4 * C) + C - 1))
+            factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + 2 * C)
 
             operand = S.to(k.dtype)
             ks = tl.dot(operand, tl.trans(k))
-            # of the chunk before; in the first turn all of it lies before the sequence
-            o = tl.trans(qs * factor_q[None, :] + rw)
-            o_tiles.store([i * C - C, first_row], o.to(o_ptr.dtype.element_ty))
+            # of the chunk before; a store that starts before the tensor is an illegal instruction
+            o = tl.trans(qs * factor_q[None, :] + rw).to(o_ptr.dtype.element_ty)
+            if i > 0:
+                o_tiles.store([i * C - C, first_row], o)
             qs = tl.dot(operand, tl.trans(q))
             w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
             rw = tl.dot(w.to(k.dtype), tl.trans(r))
@@ -269,7 +273,7 @@ def overlapped_scan_kernel(
                 if due:
                     tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
                 checkpoint += ((i + 1) % checkpoint_chunks == 0).to(tl.int64)
-        factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + C)
+        factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + 2 * C)
         o = tl.trans(qs * factor_q[None, :] + rw)
         o_tiles.store([chunks * C - C, first_row], o.to(o_ptr.dtype.element_ty))
     else:
@@ -322,24 +326,23 @@ def _launch(
     x = launch.empty(q, places, HV, CHUNK, K)
     r = launch.empty(q, places, HV, CHUNK, CHUNK)
     factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
-    prepare(
+    preparation = {"config": launch.config("chunk_prep", HV), "count": count, "cu_seqlens": cu_seqlens}
+    prepare_inverse(
         q,
         k,
         g,
         beta,
         o,
-        x,
         r,
         factors,
-        config=launch.config("chunk_prep", target),
-        count=count,
-        cu_seqlens=cu_seqlens,
+        **preparation,
         scale=K**-0.5 if scale is None else scale,
         use_qk_l2norm=use_qk_l2norm,
         A_log=A_log,
         dt_bias=dt_bias,
         beta_scale=beta_scale,
     )
+    prepare_products(q, k, x, r, factors, **preparation)
     if scan.overlapped and not all(map(_has_tiles, (q, k, v, o))):
         scan = launch.scan_config(K, target, tiles=False)
     launch.run(

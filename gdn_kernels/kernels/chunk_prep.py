@@ -1,10 +1,10 @@
-"""The preparation of the chunked gated delta rule: X, R and the row factors of every chunk, in one kernel or in two.
+"""The preparation of the chunked gated delta rule: X, R and the row factors of every chunk.
 
-What they are, and where they lie, is said in kernels/chunk.py. ``prep_kernel`` does a chunk and value head at once, on
-64x64 tiles. The other form goes by blocks; with n_k and n_q the inverse norms of the rows (1 without l2norm):
+What they are, and where they lie, is said in kernels/chunk.py. With n_k and n_q the inverse norms of the rows of k and
+q (1 without l2norm):
 
-    Y = (diag(n_k) T)^T                              inverse_kernel, in the place of R; n_k and gates in that of factors
-    X = Y k,   R = (scale n_q) G * (tril(q k^T) Y^T)                    product_kernel, and the row factors
+    Y = (diag(n_k) T)^T, and the row factors                                                          inverse_kernel
+    X = (Y diag(gamma_C / gamma)) k,   R = (scale n_q (G * (q k^T))) Y^T, in the place of Y           product_kernel
 
 The inverse is a chain of small steps, and warps that wait for each other cost more than its arithmetic. So one warp
 does a chunk alone, on 16x16 blocks. A product there is a b^T of two blocks that lie as results lie: transposed, such
@@ -32,32 +32,6 @@ BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def unit_lower_inverse(L, OPERAND: tl.constexpr):
-    """(I + L)^-1 of a strictly lower [64, 64] L, by doubling the solved diagonal blocks: T <- T - T (L * M_l) T.
-
-    M_l keeps the off-diagonal blocks of level l. No product has entries beyond those of the inverse itself, so
-    identical keys do no harm, which a power series of L would not survive. Rounding the operands to fp16 leaves an
-    error of 1e-3, but 5e-2 where beta nears 2 on identical keys: one Newton step on a residual of twice the precision
-    squares that.
-    """
-    r = tl.arange(0, C)[:, None]
-    c = tl.arange(0, C)[None, :]
-    eye = tl.where(r == c, 1.0, 0.0)
-    T = eye - tl.where(r // 2 == c // 2, L, 0.0)
-    for level in tl.static_range(1, 6):
-        below = (r // (2**level) != c // (2**level)) & (r // (2 ** (level + 1)) == c // (2 ** (level + 1)))
-        operand = T.to(OPERAND)
-        U = tl.dot(tl.where(below, L, 0.0).to(OPERAND), operand)
-        T = T - tl.dot(operand, U.to(OPERAND))
-    L_high = L.to(OPERAND)
-    T_high = T.to(OPERAND)
-    residual = eye - T - tl.dot(L_high, T_high)
-    residual -= tl.dot(L_high, (T - T_high.to(tl.float32)).to(OPERAND))
-    residual -= tl.dot((L - L_high.to(tl.float32)).to(OPERAND), T_high)
-    return T + tl.dot(T_high, residual.to(OPERAND))
-
-
-@triton.jit
 def chunk_of(cu_seqlens_ptr, place, N, T):
     """Batch row, first token and length of the sequence at scratch place ``place``, and which of its chunks that is."""
     if cu_seqlens_ptr is not None:
@@ -77,128 +51,6 @@ def chunk_of(cu_seqlens_ptr, place, N, T):
         batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
         chunk = place % chunks
     return batch, chunk, start, length
-
-
-@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
-def prep_kernel(
-    q_ptr,
-    k_ptr,
-    g_ptr,
-    beta_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    x_ptr,
-    r_ptr,
-    factor_ptr,
-    o_ptr,
-    cu_seqlens_ptr,
-    N: tl.int32,
-    T: tl.int32,
-    key_columns: tl.int32,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_g_b: tl.int64,
-    stride_g_t: tl.int64,
-    stride_beta_b: tl.int64,
-    stride_beta_t: tl.int64,
-    stride_o_t,
-    stride_o_h,
-    scale,
-    beta_scale,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    IS_RAW_GATE: tl.constexpr,
-    USE_QK_L2NORM: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """One chunk and value head: X, R and the row factors of the scan; and zeros for the tokens of no sequence."""
-    pid = tl.program_id(0)
-    hv = pid % HV
-    place = (pid // HV).to(tl.int64)
-    h = hv // (HV // H)
-    o64 = tl.arange(0, C)
-
-    if cu_seqlens_ptr is not None:
-        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
-        t = place * C + o64
-        if (place + 1) * C > end:
-            tail = (t >= end) & (t < T)
-            columns = tl.arange(0, V)
-            zeros = tl.zeros([C, V], dtype=o_ptr.dtype.element_ty)
-            tl.store(o_ptr + t[:, None] * stride_o_t + hv * stride_o_h + columns[None, :], zeros, mask=tail[:, None])
-
-    if N > 0:
-        batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
-        if (chunk >= 0) & (chunk * C < length):
-            first = start + chunk * C
-            valid = o64 < length - chunk * C
-            k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
-            q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
-            g_ptrs = g_ptr + batch * stride_g_b + (first + o64) * stride_g_t + hv
-            beta_ptrs = beta_ptr + batch * stride_beta_b + (first + o64) * stride_beta_t + hv
-            g = tl.load(g_ptrs, mask=valid, other=0.0).to(tl.float32)
-            b = tl.load(beta_ptrs, mask=valid, other=0.0).to(tl.float32)
-            if IS_RAW_GATE:
-                A_log = tl.load(A_log_ptr + hv).to(tl.float32)
-                dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
-                g = tl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                b = tl.where(valid, beta_scale * sigmoid(b), 0.0)
-            gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
-            # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
-            total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
-
-            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a
-            # runtime number, because a loop of one known turn dissolves and its tiles live on (692 bytes of spills).
-            row = o64[:, None]
-            column = o64[None, :]
-            k_offsets = row * stride_k_t + column
-            q_offsets = row * stride_q_t + column
-            kk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                kk = tl.dot(k, tl.trans(k), kk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1)
-            norm_k = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_k = inv_l2norm(squares, L2NORM_EPS)
-            kk = kk * norm_k[:, None] * norm_k[None, :]
-            inverse = unit_lower_inverse(tl.where(row > column, kk * b[:, None], 0.0), OPERAND) * b[None, :]
-
-            head = place * HV + hv
-            qk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            decayed = inverse * norm_k[:, None] * tl.exp2(total - gates)[None, :]
-            left = tl.trans(decayed.to(k_ptr.dtype.element_ty))
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                q = tl.load(q_base + c + q_offsets, mask=valid[:, None], other=0.0)
-                x = tl.dot(left, k)
-                tl.store(x_ptr + head * (C * K) + c + row * K + column, x.to(x_ptr.dtype.element_ty))
-                qk = tl.dot(q, tl.trans(k), qk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-            norm_q = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_q = inv_l2norm(squares, L2NORM_EPS)
-            qk = tl.where(row >= column, qk * norm_q[:, None] * norm_k[None, :], 0.0)
-            decay = tl.exp2(tl.where(row >= column, gates[:, None] - gates[None, :], 0.0))
-            r = scale * decay * tl.dot(qk.to(k_ptr.dtype.element_ty), inverse.to(k_ptr.dtype.element_ty))
-            tl.store(r_ptr + head * (C * C) + row * C + column, r.to(r_ptr.dtype.element_ty))
-
-            factor_ptrs = factor_ptr + head * (4 * C) + o64
-            decay = tl.exp2(gates)
-            tl.store(factor_ptrs, decay * norm_k)
-            tl.store(factor_ptrs + C, decay * norm_q * scale)
-            tl.store(factor_ptrs + 2 * C, tl.exp2(total - gates))
-            tl.store(factor_ptrs + 3 * C, tl.exp2(total + 0.0 * gates))
 
 
 @triton.jit
@@ -232,7 +84,11 @@ def add_whole_product(sums, a_high, a_low, b_high, b_low):
 def inverse_block(L, LT, OPERAND: tl.constexpr):
     """(I + L)^-1 of a strictly lower block, and its transpose; LT is that of L.
 
-    Solved diagonal blocks are doubled, as in ``unit_lower_inverse``, for both at once: each is the other's operand.
+    Solved diagonal blocks are doubled, for both at once, as each is the other's operand: T <- T - T (L * M_l) T, where
+    M_l keeps the off-diagonal blocks of level l. No product has entries beyond those of the inverse itself, so
+    identical keys do no harm, which a power series of L would not survive. Rounding the operands to fp16 leaves an
+    error of 1e-3, but 5e-2 where beta nears 2 on identical keys: one Newton step on a residual of twice the precision
+    squares that.
     """
     r = tl.arange(0, BLOCK)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -250,7 +106,6 @@ def inverse_block(L, LT, OPERAND: tl.constexpr):
         W = tl.dot(Y_operand, transposed(minus_L)).to(OPERAND)
         T = tl.dot(U, transposed(Y_operand), T)
         Y = tl.dot(W, transposed(T_operand), Y)
-    # one Newton step on the residual of twice the precision
     Y_high, Y_low = split(Y, OPERAND)
     L_high, L_low = split(L, OPERAND)
     residual = add_whole_product(tl.zeros([BLOCK, BLOCK], dtype=tl.float32), Y_high, Y_low, L_high, L_low)
@@ -290,8 +145,22 @@ def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
     return rows, columns
 
 
+@triton.jit
+def load_gates(gate_ptrs):
+    """Summed gates of a block's tokens along rows and along columns, and the first of them."""
+    o16 = tl.arange(0, BLOCK)
+    return tl.load(gate_ptrs + o16)[:, None], tl.load(gate_ptrs + o16)[None, :], tl.load(gate_ptrs)
+
+
+@triton.jit
+def decayed(y, weights, rows, columns):
+    """A block of Y on the diagonal, times ``weights`` and G; no exponent is positive on or above the diagonal."""
+    return y * (weights * tl.exp2(tl.minimum(columns - rows, 0.0)))
+
+
 @triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
 def inverse_kernel(
+    q_ptr,
     k_ptr,
     g_ptr,
     beta_ptr,
@@ -299,9 +168,13 @@ def inverse_kernel(
     dt_bias_ptr,
     y_ptr,
     factor_ptr,
+    o_ptr,
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
     stride_k_b,
     stride_k_t,
     stride_k_h,
@@ -309,29 +182,57 @@ def inverse_kernel(
     stride_g_t: tl.int64,
     stride_beta_b: tl.int64,
     stride_beta_t: tl.int64,
+    stride_o_t,
+    stride_o_h,
+    scale,
     beta_scale,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
+    V: tl.constexpr,
     HEADS: tl.constexpr,
     IS_RAW_GATE: tl.constexpr,
     USE_QK_L2NORM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """Y of one chunk and HEADS value heads of one key head, by one warp; n_k and gates in the place of factors."""
+    """Y and row factors of one chunk and HEADS value heads of one key head, by one warp; zeros for no sequence's
+    tokens."""
     pid = tl.program_id(0)
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
     h = hv0 // (HV // H)
+    o16 = tl.arange(0, BLOCK)
+
+    if cu_seqlens_ptr is not None:
+        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
+        if (place + 1) * C > end:
+            zeros = tl.zeros([BLOCK, V], dtype=o_ptr.dtype.element_ty)
+            for t0 in range(0, C, BLOCK):
+                t = (place * C + t0 + o16)[:, None]
+                o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + tl.arange(0, V)[None, :]
+                for each in range(HEADS):
+                    tl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
+
+    if N == 0:
+        return
     batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         left = length - chunk * C
-        o16 = tl.arange(0, BLOCK)
         r = o16[:, None]
         c = o16[None, :]
-        # in a loop of its own, where registers are free
+        # what needs 64 rows at once goes first, where registers are free
         o64 = tl.arange(0, C)
+        norm_q = tl.full([C], 1.0, dtype=tl.float32)
+        if USE_QK_L2NORM:
+            squares = tl.zeros([C], dtype=tl.float32)
+            q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
+            q_ptrs = q_base + o64[:, None] * stride_q_t + tl.arange(0, 64)[None, :]
+            for s in tl.static_range(0, K, 64):
+                q = tl.load(q_ptrs + s, mask=o64[:, None] < left, other=0.0).to(tl.float32)
+                squares += tl.sum(q * q, axis=1)
+            norm_q = inv_l2norm(squares, L2NORM_EPS)
+        norm_q *= scale
         g_base = g_ptr + batch * stride_g_b + first * stride_g_t + hv0
         for each in range(HEADS):
             factor_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + o64
@@ -340,7 +241,13 @@ def inverse_kernel(
                 A_log = tl.load(A_log_ptr + hv0 + each).to(tl.float32)
                 dt_bias = tl.load(dt_bias_ptr + hv0 + each).to(tl.float32)
                 g = tl.where(o64 < left, gate(g, A_log, dt_bias), 0.0)
-            tl.store(factor_ptrs + C, tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0))
+            # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
+            gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
+            tl.store(factor_ptrs, gates)
+            tl.store(factor_ptrs + 2 * C, tl.exp2(gates) * norm_q)
+            tl.store(factor_ptrs + 3 * C, norm_q)
+        # threads read the gates that others have written
+        tl.debug_barrier()
 
         # 128 columns at a time; narrower loads cost more than they save registers
         BLOCK_K: tl.constexpr = min(K, 128)
@@ -377,11 +284,11 @@ def inverse_kernel(
         n2, m2 = norms_of(A22, USE_QK_L2NORM)
         n3, m3 = norms_of(A33, USE_QK_L2NORM)
         for each in range(HEADS):
-            norm_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + r
-            tl.store(norm_ptrs, n0)
-            tl.store(norm_ptrs + 16, n1)
-            tl.store(norm_ptrs + 32, n2)
-            tl.store(norm_ptrs + 48, n3)
+            gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + r
+            tl.store(gate_ptrs + C, tl.exp2(tl.load(gate_ptrs)) * n0)
+            tl.store(gate_ptrs + C + 16, tl.exp2(tl.load(gate_ptrs + 16)) * n1)
+            tl.store(gate_ptrs + C + 32, tl.exp2(tl.load(gate_ptrs + 32)) * n2)
+            tl.store(gate_ptrs + C + 48, tl.exp2(tl.load(gate_ptrs + 48)) * n3)
 
         A00 *= n0 * m0
         A11 *= n1 * m1
@@ -409,13 +316,17 @@ def inverse_kernel(
             b2 = load_beta(beta_ptrs + 32 * stride_beta_t, 32 + o16 < left, beta_scale, IS_RAW_GATE)
             b3 = load_beta(beta_ptrs + 48 * stride_beta_t, 48 + o16 < left, beta_scale, IS_RAW_GATE)
 
+            # G_ji of j in a later block than i is a product of two: from i to the block's first token, from there to j
+            gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C)
             # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
             y_base = y_ptr + (place * HV + hv0 + each) * (C * C) + tile
             L = tl.where(lower, A33 * b3[:, None], 0.0)
             T33, Y33 = inverse_block(L, tl.where(upper, A33 * b3[None, :], 0.0), OPERAND)
             T3_high, T3_low = split(T33 * -b3[None, :], OPERAND)
-            y = side_by_side(none, none, none, (Y33 * (b3[:, None] * m3)).to(DTYPE))
+            gates_r, gates_c, start3 = load_gates(gate_ptrs + 48)
+            y = side_by_side(none, none, none, decayed(Y33, b3[:, None] * m3, gates_r, gates_c).to(DTYPE))
             tl.store(y_base + 48 * C, y)
+            w3 = m3 * tl.exp2(gates_c - start3)
 
             L = tl.where(lower, A22 * b2[:, None], 0.0)
             T22, Y22 = inverse_block(L, tl.where(upper, A22 * b2[None, :], 0.0), OPERAND)
@@ -423,9 +334,16 @@ def inverse_kernel(
             Y22_high, Y22_low = split(Y22, OPERAND)
             sums = add_whole_product(zero, Y22_high, Y22_low, A32_high, A32_low)
             Y32 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            rows = b2[:, None]
-            y = side_by_side(none, none, (Y22 * (rows * m2)).to(DTYPE), (Y32 * (rows * m3)).to(DTYPE))
+            b = b2[:, None]
+            gates_r, gates_c, start2 = load_gates(gate_ptrs + 32)
+            y = side_by_side(
+                none,
+                none,
+                decayed(Y22, b * m2, gates_r, gates_c).to(DTYPE),
+                (Y32 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
+            )
             tl.store(y_base + 32 * C, y)
+            w2 = m2 * tl.exp2(gates_c - start2)
 
             L = tl.where(lower, A11 * b1[:, None], 0.0)
             T11, Y11 = inverse_block(L, tl.where(upper, A11 * b1[None, :], 0.0), OPERAND)
@@ -437,11 +355,16 @@ def inverse_kernel(
             Y21_high, Y21_low = split(Y21, OPERAND)
             sums = add_whole_product(sums, Y21_high, Y21_low, A32_high, A32_low)
             Y31 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            rows = b1[:, None]
+            b = b1[:, None]
+            gates_r, gates_c, start1 = load_gates(gate_ptrs + 16)
             y = side_by_side(
-                none, (Y11 * (rows * m1)).to(DTYPE), (Y21 * (rows * m2)).to(DTYPE), (Y31 * (rows * m3)).to(DTYPE)
+                none,
+                decayed(Y11, b * m1, gates_r, gates_c).to(DTYPE),
+                (Y21 * (b * tl.exp2(start2 - gates_r) * w2)).to(DTYPE),
+                (Y31 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
             )
             tl.store(y_base + 16 * C, y)
+            w1 = m1 * tl.exp2(gates_c - start1)
 
             L = tl.where(lower, A00 * b0[:, None], 0.0)
             _, Y00 = inverse_block(L, tl.where(upper, A00 * b0[None, :], 0.0), OPERAND)
@@ -457,12 +380,13 @@ def inverse_kernel(
             Y20_high, Y20_low = split(Y20, OPERAND)
             sums = add_whole_product(sums, Y20_high, Y20_low, A32_high, A32_low)
             Y30 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            rows = b0[:, None]
+            b = b0[:, None]
+            gates_r, gates_c, _ = load_gates(gate_ptrs)
             y = side_by_side(
-                (Y00 * (rows * m0)).to(DTYPE),
-                (Y10 * (rows * m1)).to(DTYPE),
-                (Y20 * (rows * m2)).to(DTYPE),
-                (Y30 * (rows * m3)).to(DTYPE),
+                decayed(Y00, b * m0, gates_r, gates_c).to(DTYPE),
+                (Y10 * (b * tl.exp2(start1 - gates_r) * w1)).to(DTYPE),
+                (Y20 * (b * tl.exp2(start2 - gates_r) * w2)).to(DTYPE),
+                (Y30 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
             )
             tl.store(y_base, y)
 
@@ -474,7 +398,6 @@ def product_kernel(
     x_ptr,
     r_ptr,
     factor_ptr,
-    o_ptr,
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
@@ -484,88 +407,56 @@ def product_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
-    stride_o_t,
-    stride_o_h,
-    scale,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
-    V: tl.constexpr,
     HEADS: tl.constexpr,
-    USE_QK_L2NORM: tl.constexpr,
 ):
-    """X, R (where Y was) and row factors of one chunk and HEADS value heads of one key head; zeros for no sequence's
-    tokens."""
+    """X and R (where Y was) of one chunk and HEADS value heads of one key head."""
     # the last places first: what inverse_kernel wrote last is still in L2, and what the scan reads first will be
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
     h = hv0 // (HV // H)
-    o64 = tl.arange(0, C)
+    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    if (chunk >= 0) & (chunk * C < length):
+        first = start + chunk * C
+        o64 = tl.arange(0, C)
+        row = o64[:, None]
+        column = o64[None, :]
+        valid = row < length - chunk * C
+        k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
+        q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
+        BLOCK_K: tl.constexpr = min(K, 128)
+        columns = tl.arange(0, BLOCK_K)[None, :]
+        qk = tl.zeros([C, C], dtype=tl.float32)
+        for s in tl.static_range(0, K, BLOCK_K):
+            q = tl.load(q_base + row * stride_q_t + s + columns, mask=valid, other=0.0)
+            k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid, other=0.0)
+            qk = tl.dot(q, tl.trans(k), qk)
+        qk = tl.where(row >= column, qk, 0.0)
 
-    if cu_seqlens_ptr is not None:
-        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
-        t = place * C + o64
-        if (place + 1) * C > end:
-            tail = (t >= end) & (t < T)
-            columns = tl.arange(0, V)
-            zeros = tl.zeros([C, V], dtype=o_ptr.dtype.element_ty)
-            for each in range(HEADS):
-                o_ptrs = o_ptr + t[:, None] * stride_o_t + (hv0 + each) * stride_o_h + columns[None, :]
-                tl.store(o_ptrs, zeros, mask=tail[:, None])
+        for each in range(HEADS):
+            head = place * HV + hv0 + each
+            r_ptrs = r_ptr + head * (C * C) + row * C + column
+            y = tl.load(r_ptrs)
+            factor_ptrs = factor_ptr + head * (4 * C)
+            gates = tl.load(factor_ptrs + o64)
+            norm_q = tl.load(factor_ptrs + 3 * C + o64)
+            total = tl.load(factor_ptrs + C - 1)
 
-    if N > 0:
-        batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
-        if (chunk >= 0) & (chunk * C < length):
-            first = start + chunk * C
-            valid = o64 < length - chunk * C
-            row = o64[:, None]
-            column = o64[None, :]
-            k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
-            q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
-            BLOCK_K: tl.constexpr = min(K, 128)
-            columns = tl.arange(0, BLOCK_K)[None, :]
-            qk = tl.zeros([C, C], dtype=tl.float32)
-            squares_q = tl.zeros([C], dtype=tl.float32)
-            for s in tl.static_range(0, K, BLOCK_K):
-                q = tl.load(q_base + row * stride_q_t + s + columns, mask=valid[:, None], other=0.0)
-                k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid[:, None], other=0.0)
-                qk = tl.dot(q, tl.trans(k), qk)
-                if USE_QK_L2NORM:
-                    squares_q += tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-            norm_q = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_q = inv_l2norm(squares_q, L2NORM_EPS)
             # rows of k keep their length here, because Y has the inverse norms
-            qk = tl.where(row >= column, qk * norm_q[:, None], 0.0).to(k_ptr.dtype.element_ty)
-
-            for each in range(HEADS):
-                hv = hv0 + each
-                head = place * HV + hv
-                r_ptrs = r_ptr + head * (C * C) + row * C + column
-                y = tl.load(r_ptrs)
-                factor_ptrs = factor_ptr + head * (4 * C)
-                norm_k = tl.load(factor_ptrs + o64)
-                gates = tl.load(factor_ptrs + C + o64)
-                # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
-                total = tl.load(factor_ptrs + 2 * C - 1)
-
-                decay = tl.exp2(tl.where(row >= column, gates[:, None] - gates[None, :], 0.0))
-                r = scale * decay * tl.dot(qk, tl.trans(y))
-                for s in tl.static_range(0, K, BLOCK_K):
-                    if K > BLOCK_K:
-                        k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid[:, None], other=0.0)
-                    x = tl.dot(y, k) * tl.exp2(total - gates)[:, None]
-                    tl.store(x_ptr + head * (C * K) + row * K + s + columns, x.to(x_ptr.dtype.element_ty))
-                # all of Y and of the gates is read before R and factors take their places
-                tl.debug_barrier()
-                tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty))
-
-                decay = tl.exp2(gates)
-                tl.store(factor_ptrs + o64, decay * norm_k)
-                tl.store(factor_ptrs + C + o64, decay * norm_q * scale)
-                tl.store(factor_ptrs + 2 * C + o64, tl.exp2(total - gates))
-                tl.store(factor_ptrs + 3 * C + o64, tl.exp2(total + 0.0 * gates))
+            p = qk * tl.exp2(tl.minimum(gates[:, None] - gates[None, :], 0.0)) * norm_q[:, None]
+            r = tl.dot(p.to(y.dtype), tl.trans(y))
+            left = (y.to(tl.float32) * tl.exp2(total - gates)[None, :]).to(y.dtype)
+            for s in tl.static_range(0, K, BLOCK_K):
+                if K > BLOCK_K:
+                    k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid, other=0.0)
+                x = tl.dot(left, k)
+                tl.store(x_ptr + head * (C * K) + row * K + s + columns, x.to(x_ptr.dtype.element_ty))
+            # all of Y is read before R takes its place
+            tl.debug_barrier()
+            tl.store(r_ptrs, r.to(r_ptr.dtype.element_ty))
 
 
 def _shared(heads: int, ratio: int) -> int:
@@ -573,14 +464,13 @@ def _shared(heads: int, ratio: int) -> int:
     return max(each for each in range(1, heads + 1) if ratio % each == 0)
 
 
-def prepare(
+def prepare_inverse(
     q,
     k,
     g,
     beta,
     o,
-    x,
-    r,
+    y,
     factors,
     *,
     config,
@@ -592,79 +482,52 @@ def prepare(
     dt_bias,
     beta_scale,
 ):
-    """Write x, r and factors, and zeros to the tokens of ``o`` of no sequence; ``r`` may hold Y in between."""
+    """Write Y to ``y`` [places, HV, C, C], the row factors to ``factors`` [places, HV, 4, C], and zeros to the tokens
+    of ``o`` of no sequence. ``count``: sequences."""
+    tokens, H, K = q.shape[1:]
+    places, HV = y.shape[:2]
+    heads = _shared(config.inverse_heads, HV // H)
+    launch.run(
+        inverse_kernel,
+        (places * (HV // heads),),
+        q,
+        k,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        y,
+        factors,
+        o,
+        cu_seqlens,
+        count,
+        tokens,
+        *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
+        *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
+        o.stride(1),
+        o.stride(2),
+        scale,
+        beta_scale,
+        config=dataclasses.replace(config, num_warps=1),
+        H=H,
+        HV=HV,
+        K=K,
+        V=o.shape[3],
+        HEADS=heads,
+        IS_RAW_GATE=A_log is not None,
+        USE_QK_L2NORM=use_qk_l2norm,
+        # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
+        OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
+    )
+
+
+def prepare_products(q, k, x, r, factors, *, config, count, cu_seqlens):
+    """Write X to ``x`` [places, HV, C, K] and R to ``r`` [places, HV, C, C], which holds Y; ``factors`` are read."""
+    if count == 0:
+        return
     tokens, H, K = q.shape[1:]
     places, HV = x.shape[:2]
-    V = o.shape[3]
-    if isinstance(config, launch.PrepConfig):
-        launch.run(
-            prep_kernel,
-            (places * HV,),
-            q,
-            k,
-            g,
-            beta,
-            A_log,
-            dt_bias,
-            x,
-            r,
-            factors,
-            o,
-            cu_seqlens,
-            count,
-            tokens,
-            K,
-            *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-            *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
-            o.stride(1),
-            o.stride(2),
-            scale,
-            beta_scale,
-            config=config,
-            H=H,
-            HV=HV,
-            K=K,
-            V=V,
-            IS_RAW_GATE=A_log is not None,
-            USE_QK_L2NORM=use_qk_l2norm,
-            # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
-            OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
-        )
-        return
-    inverse_heads = _shared(config.inverse_heads, HV // H)
     heads = _shared(config.heads, HV // H)
-    if count > 0:
-        launch.run(
-            inverse_kernel,
-            (places * (HV // inverse_heads),),
-            k,
-            g,
-            beta,
-            A_log,
-            dt_bias,
-            r,
-            factors,
-            cu_seqlens,
-            count,
-            tokens,
-            batch_stride(k),
-            k.stride(1),
-            k.stride(2),
-            batch_stride(g),
-            g.stride(1),
-            batch_stride(beta),
-            beta.stride(1),
-            beta_scale,
-            config=dataclasses.replace(config, num_warps=1),
-            H=H,
-            HV=HV,
-            K=K,
-            HEADS=inverse_heads,
-            IS_RAW_GATE=A_log is not None,
-            USE_QK_L2NORM=use_qk_l2norm,
-            # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
-            OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
-        )
     launch.run(
         product_kernel,
         (places * (HV // heads),),
@@ -673,19 +536,13 @@ def prepare(
         x,
         r,
         factors,
-        o,
         cu_seqlens,
         count,
         tokens,
         *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-        o.stride(1),
-        o.stride(2),
-        scale,
         config=config,
         H=H,
         HV=HV,
         K=K,
-        V=V,
         HEADS=heads,
-        USE_QK_L2NORM=use_qk_l2norm,
     )
