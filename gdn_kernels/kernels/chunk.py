@@ -233,7 +233,7 @@ def overlapped_scan_kernel(
     k_base = k_ptr + batch * stride_k_b + start * stride_k_t + h * stride_k_h
     v_base = v_ptr + batch * stride_v_b + start * stride_v_t + hv * stride_v_h
     o_base = o_ptr + batch * stride_o_b + start * stride_o_t + hv * stride_o_h
-    factor_ptrs = factor_ptr + head * (4 * C) + o64
+    factor_base = factor_ptr + head * (4 * C)
     # chunks of one head are HV tiles apart
     step = HV * C
     if active & (length > 0):
@@ -251,16 +251,16 @@ def overlapped_scan_kernel(
             v = v_tiles.load([i * C, first_row])
             x = x_tiles.load([i * step, 0])
             r = r_tiles.load([i * step, 0])
-            turn = n * 0 + i
-            factor_k = tl.load(factor_ptrs + turn * (4 * step) + C)
-            total = tl.exp2(tl.load(factor_ptr + (head + turn * HV) * (4 * C) + C - 1))
-            factor_q = tl.load(factor_ptrs + tl.maximum(turn - 1, 0) * (4 * step) + 2 * C)
+            factor_here = factor_base + (n * 0 + i) * (4 * step)
+            factor_k = tl.load(factor_here + C + o64)
+            total = tl.exp2(tl.load(factor_here + C - 1))
+            factor_q = tl.load(factor_base + (n * 0 + tl.maximum(i - 1, 0)) * (4 * step) + 2 * C + o64)
 
             operand = S.to(k.dtype)
             ks = tl.dot(operand, tl.trans(k))
             # of the chunk before; a store that starts before the tensor is an illegal instruction
-            o = tl.trans(qs * factor_q[None, :] + rw).to(o_ptr.dtype.element_ty)
             if i > 0:
+                o = tl.trans(qs * factor_q[None, :] + rw).to(o_ptr.dtype.element_ty)
                 o_tiles.store([i * C - C, first_row], o)
             qs = tl.dot(operand, tl.trans(q))
             w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
@@ -273,7 +273,7 @@ def overlapped_scan_kernel(
                 if due:
                     tl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
                 checkpoint += ((i + 1) % checkpoint_chunks == 0).to(tl.int64)
-        factor_q = tl.load(factor_ptrs + (chunks - 1).to(tl.int64) * (4 * step) + 2 * C)
+        factor_q = tl.load(factor_base + (n * 0 + chunks - 1) * (4 * step) + 2 * C + o64)
         o = tl.trans(qs * factor_q[None, :] + rw)
         o_tiles.store([chunks * C - C, first_row], o.to(o_ptr.dtype.element_ty))
     else:
