@@ -204,16 +204,44 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
+    """Chunk preparation, two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
+    by blocks, then ``heads`` a program for the products. Fewer where those of a key head do not divide by it."""
 
+    inverse_heads: int
+    heads: int
     num_warps: int
     num_stages: int = 1
+    registers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ScanConfig:
     """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program."""
 
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperScanConfig:
+    """Chunk recurrence in Gluon: ``parts`` warpgroups a program, each with 64 rows of one head's ``[V, K]`` state;
+    ``stages`` chunks in shared memory; registers a thread of the state and of the auxiliary warps."""
+
+    parts: int
+    stages: int
+    state_registers: int
+    auxiliary_registers: int
+    num_warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """Segments of a long sequence: at most ``max_segments``, each of at least ``min_tokens``; 1 leaves sequences whole.
+    Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+
+    max_segments: int
+    min_tokens: int
     block_v: int
     num_warps: int
     num_stages: int
@@ -299,13 +327,14 @@ def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim), num_warps=num_warps)
 
 
-# Architecture -> warps of the chunk preparation. H100, 2026-11-23, whole prefill in us, heads 2/8 1x8192, 8/32 8x1024,
-# 16/64 1x8192: 4 warps 472, 427, 807; 8 warps 508, 606, 1158; 2 warps 490, 482, 919. Elsewhere what spills least.
-PREP_LADDER = {
-    90: PrepConfig(num_warps=4),
-    "cuda": PrepConfig(num_warps=8),
-    "hip": PrepConfig(num_warps=4),
-}
+# Value heads -> configuration; the last serves more of them too. Few heads make few programs, which want one each; many
+# want a key head's products shared. Bits do not depend on it. K = V = 128, H100, 2026-11-23, us for heads 2/8 1x2048,
+# 2/8 1x8192, 8/32 8x1024, 16/64 1x8192: inverses of 4 heads a program 15.2, 17.8, 29, 60; 2 heads 9.4, 11.8, 40, 64;
+# 1 head 6.5, 11.1, 43, 83; products of 4 heads 8.2, 13.1, 66, 130; 2 heads 6.1, 15, 72, 140; 1 head 5.2, 15.4, 64, 128.
+PREP_LADDER = (
+    (16, PrepConfig(inverse_heads=1, heads=1, num_warps=4)),
+    (64, PrepConfig(inverse_heads=4, heads=1, num_warps=4)),
+)
 
 # Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
 # preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
@@ -336,9 +365,9 @@ def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     return ladder["hip" if target.backend == "hip" else "cuda"]
 
 
-def prep_config(target: Target) -> PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
-    return _family(target, PREP_LADDER)
+def prep_config(num_v_heads: int) -> PrepConfig:
+    """Chunk preparation: the rung for HV value heads."""
+    return next((config for limit, config in PREP_LADDER if num_v_heads <= limit), PREP_LADDER[-1][1])
 
 
 def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
@@ -348,6 +377,43 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
         if head_k_dim <= limit:
             return config
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
+
+
+# The scan in Gluon, for a state of 64 and of 128 rows a program; and its map pass, which has no auxiliary warps.
+HOPPER_SCAN_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=96)
+HOPPER_SCAN_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=192, auxiliary_registers=88)
+HOPPER_MAP_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=0)
+HOPPER_MAP_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=232, auxiliary_registers=0)
+# SMs that a narrow program each may fill; a 64th row's bits are the same in either program.
+HOPPER_SMS = 132
+
+
+def hopper_scan_config(head_v_dim: int, states: int) -> HopperScanConfig:
+    """The scan in Gluon for ``states`` states of V rows: narrow programs while each has an SM of its own."""
+    narrow = head_v_dim % 128 != 0 or states * (head_v_dim // 64) <= HOPPER_SMS
+    return HOPPER_SCAN_NARROW if narrow else HOPPER_SCAN_WIDE
+
+
+def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
+    """The map pass of segments: its programs hold rows with values or rows without, never both."""
+    return HOPPER_MAP_NARROW if head_k_dim % 128 or head_v_dim % 128 else HOPPER_MAP_WIDE
+
+
+# Value heads -> segments of a long sequence: more heads fill the GPU by themselves. Only the scan of sm_90 walks segments.
+# A map of 128 columns, split for tf32x3, fits the registers of 8 warps and not those of 4 (304 bytes of spills).
+SEGMENT_LADDER = (
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
+    (16, SegmentConfig(max_segments=4, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
+)
+NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, block_v=16, num_warps=8, num_stages=1)
+
+
+def segment_config(num_v_heads: int, head_v_dim: int, target: Target) -> SegmentConfig:
+    """How long sequences are cut into segments, and how the states of those join."""
+    config = NO_SEGMENTS
+    if has_descriptors(target):
+        config = next((config for limit, config in SEGMENT_LADDER if num_v_heads <= limit), NO_SEGMENTS)
+    return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
 
 
 # Programmatic dependent launch: a kernel starts while its predecessor ends, and waits for that end before its first
@@ -378,6 +444,9 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
+    "chunk_hopper_scan": hopper_scan_config,
+    "chunk_map": map_config,
+    "chunk_segments": segment_config,
 }
 _pins: dict[str, Any] = {}
 
@@ -390,6 +459,11 @@ def _choose(kernel: str, facts: tuple) -> Any:
 def config(kernel: str, *facts: Any) -> Any:
     """The configuration of ``kernel`` for static ``facts``, or the pinned one."""
     return _pins[kernel] if kernel in _pins else _choose(kernel, facts)
+
+
+def is_pinned(kernel: str) -> bool:
+    """Whether ``kernel``'s configuration is pinned: it is then taken where there is a choice of kernels, too."""
+    return kernel in _pins
 
 
 @contextlib.contextmanager
@@ -435,6 +509,8 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
         options["num_stages"] = config.num_stages
     bases = (getattr(arg, "base", arg) for arg in args)
     device = next(base.device for base in bases if isinstance(base, torch.Tensor))
+    if getattr(config, "registers", 0):  # an option of CUDA alone
+        options["maxnreg"] = config.registers
     if "PDL" in kernel.arg_names:
         constexprs["PDL"] = has_pdl(target(device))
         if constexprs["PDL"]:  # not an option of every backend

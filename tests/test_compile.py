@@ -100,6 +100,16 @@ def test_the_quantised_norm_does_the_sums_of_the_norm(case, plain):
     assert quantised["fma"] == 2 * (quantised["mul"] - norm["mul"])
 
 
+@pytest.mark.parametrize("case", [name for name in registry.COMPILE_CASES if name.startswith("chunk-overlapped-")])
+def test_overlapped_products_run_beside_the_threads(case):
+    """All four products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""
+    scan = next(binary for binary in binaries(("cuda", 90), case) if binary.kernel == "overlapped_scan_kernel")
+    key_steps, chunk_steps = (4 if "64x128" in case else 8), 4
+    assert scan.asm.count("wgmma.mma_async") == 2 * key_steps + 2 * chunk_steps
+    log = triton_support.ptxas_log(scan.asm, 90)
+    assert "serialized" not in log, log
+
+
 @pytest.mark.parametrize("sweep", registry.SWEEP_CASES)
 def test_one_binary_serves_every_token_count(sweep):
     swept = triton_support.compile_target(triton_support.SWEEP_TARGET).sweeps[sweep]

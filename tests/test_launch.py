@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch
+from gdn_kernels import launch, replay
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -129,6 +129,7 @@ LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
     "step": launch.STEP_LADDER,
+    "prep": launch.PREP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
 }
 CONFIGS = {
@@ -136,7 +137,6 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
-    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
 TYPES = {type(config) for config in CONFIGS.values()}
@@ -168,7 +168,7 @@ def test_a_rung_is_well_formed(name: str) -> None:
         assert isinstance(value, int)
         if field.name == "num_stages":
             assert 1 <= value <= 4
-        else:
+        elif field.name != "overlapped":
             assert power_of_two(value), f"{field.name} = {value}"
     assert 1 <= config.num_warps <= 16
 
@@ -179,7 +179,7 @@ def test_the_limits_of_a_ladder_rise(name: str) -> None:
     assert limits == sorted(set(limits)) and all(map(power_of_two, limits))
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step")])
+@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step", "prep")])
 def test_a_ladder_covers_every_head_size(name: str) -> None:
     assert tuple(limit for limit, _ in LADDERS[name]) == HEAD_DIMS
     for limit, config in LADDERS[name]:
@@ -208,6 +208,11 @@ def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     assert config.block_rows * config.block_cols <= 64 * 32 * config.num_warps
 
 
+@pytest.mark.parametrize(("heads", "inverse_heads"), [(1, 1), (16, 1), (17, 4), (64, 4), (128, 4)])
+def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_heads: int) -> None:
+    assert launch.prep_config(heads).inverse_heads == inverse_heads
+
+
 def test_a_group_past_the_ladder_names_the_limit() -> None:
     with pytest.raises(NotImplementedError, match=r"^group_size must be at most 65536, got 65537$"):
         launch.norm_config(65537)
@@ -221,8 +226,30 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
         return target.arch if target.arch in ladder else "hip" if target.backend == "hip" else "cuda"
 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
-    assert launch.prep_config(target) is launch.PREP_LADDER[family(launch.PREP_LADDER)]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("size", HEAD_DIMS)
+def test_operands_that_descriptors_cannot_address_have_a_plain_scan(size: int, target: Target) -> None:
+    assert not launch.scan_config(size, target, tiles=False).overlapped
+    if launch.scan_config(size, target).overlapped:
+        assert (target, size <= 128) == (Target("cuda", 90), True)
+
+
+def test_scratch_is_allocated_in_the_launch_alone() -> None:
+    triton = pytest.importorskip("triton")
+    allocation = pytest.importorskip("triton.runtime._allocation")
+    before = allocation._allocator.get()
+    assert replay.with_scratch(lambda: allocation._allocator.get()) is replay._scratch
+    assert allocation._allocator.get() is before
+    mine = lambda size, alignment, stream: None  # noqa: E731
+    triton.set_allocator(mine)
+    try:
+        replay.with_scratch(lambda: None)
+        assert allocation._allocator.get() is mine
+    finally:
+        triton.set_allocator(before)
 
 
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:
@@ -237,7 +264,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
+    static = {"group_size", "head_k_dim", "head_v_dim", "num_v_heads", "target", "tiles"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -251,7 +278,7 @@ FACTS = {
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
-    "chunk_prep": [(target,) for target in TARGETS],
+    "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
 }
 

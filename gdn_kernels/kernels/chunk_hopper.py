@@ -51,7 +51,7 @@ segment_of = gluon.jit(chunk_segments.segment_of.fn)
 def load_rows(tiles, end, length, row, column, ready, to):
     """Copy 64 rows of the sequence of ``length`` rows before ``end``, from its row ``row`` on; zeros past its end."""
     shape: gl.constexpr = tiles.block_shape
-    to = to._reinterpret(tiles.dtype, shape, tiles.layout)
+    to = to.reshape(shape)
     _load(tiles, [BILLION, end, BILLION - length + row, column], ready, to)
 
 
@@ -62,7 +62,7 @@ def store_rows(tiles, end, length, row, column, values, through):
     tma.store_wait(0)
     through.permute((1, 0)).store(values)
     fence_async_shared()
-    source = through._reinterpret(tiles.dtype, shape, tiles.layout)
+    source = through.reshape(shape)
     _store(tiles, [BILLION, end, BILLION - length + row, column], source)
 
 
@@ -356,7 +356,8 @@ def hopper_scan_kernel(
             checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
             checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
             checkpoint += first_chunk // checkpoint_chunks
-        initial = (read * HV + hv) * 0 + read * stride_initial + hv * (V * K)
+            checkpoint_ptr += hv * (V * K)
+        initial = read * stride_initial + hv * (V * K)
         final = write * stride_final + hv * (V * K)
 
     dtype: gl.constexpr = k_tiles.dtype
