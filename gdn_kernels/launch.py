@@ -214,6 +214,18 @@ class ScanConfig:
     num_stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """Segments of a long sequence: at most ``max_segments``, each of at least ``min_tokens``; 1 leaves sequences whole.
+    Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+
+    max_segments: int
+    min_tokens: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
 # Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
 # RMS norm times silu(z), bf16, rotated buffers, H100, 2026-11-23, us for 32, 4,096, 16,384, 65,536 and 1,048,576 rows:
 # 8 rows in 4 warps 0.9, 2.5, 5.7, 18.6, 263; 8 rows in 2 warps 1.2, 2.9, 5.9, 18.8, 263; 16 rows in 8 warps 1.1, 2.5,
@@ -345,6 +357,24 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
+# Value heads -> segments of a long sequence; more heads fill the GPU by themselves. Only the scan of sm_90 walks
+# segments. First settings, not yet searched on a GPU. A map of 128 columns, split for tf32x3, fits the registers of 8
+# warps and not those of 4 (304 bytes of spills for sm_90).
+SEGMENT_LADDER = (
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
+    (16, SegmentConfig(max_segments=4, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
+)
+NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, block_v=16, num_warps=8, num_stages=1)
+
+
+def segment_config(num_v_heads: int, head_v_dim: int, target: Target) -> SegmentConfig:
+    """How long sequences are cut into segments, and how the states of those join."""
+    config = NO_SEGMENTS
+    if target == Target("cuda", 90):
+        config = next((config for limit, config in SEGMENT_LADDER if num_v_heads <= limit), NO_SEGMENTS)
+    return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
+
+
 # Programmatic dependent launch: a kernel starts while its predecessor ends, and waits for that end before its first
 # access to memory (kernels/_math.py), so bits do not change. H100, 2026-11-23, us without and with: gated norm of 4,096
 # rows 3.2, 2.9; 16,384 rows 6.6, 6.1; 65,536 rows 19.6, 18.8; conv update + decode + norm of one sequence 7.7, 6.5, of
@@ -373,6 +403,7 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
+    "chunk_segments": segment_config,
 }
 _pins: dict[str, Any] = {}
 

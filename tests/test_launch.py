@@ -135,6 +135,8 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
+    "no-segments": launch.NO_SEGMENTS,
+    **{f"segments-{limit}": config for limit, config in launch.SEGMENT_LADDER},
     **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
@@ -197,6 +199,14 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
     assert config.block_v * head_k_dim * config.ahead <= 128 * lanes * config.num_warps
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("heads, segments", [(1, 8), (8, 8), (9, 4), (16, 4), (17, 1), (64, 1)])
+def test_few_heads_cut_long_sequences_on_hopper_alone(heads: int, segments: int, target: Target) -> None:
+    config = launch.segment_config(heads, 128, target)
+    assert config.max_segments == (segments if target.arch == 90 else 1)
+    assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
+
+
 @pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
 def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     config = launch.norm_config(group)
@@ -236,7 +246,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
+    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -252,6 +262,7 @@ FACTS = {
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(target,) for target in TARGETS],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
+    "chunk_segments": [(heads, 128, target) for heads in (1, 8, 9, 16, 17, 64) for target in TARGETS],
 }
 
 
@@ -300,7 +311,7 @@ def test_an_exception_undoes_a_pin() -> None:
 
 
 def test_an_unknown_kernel_cannot_be_pinned() -> None:
-    message = r"^kernel must be one of layer_norm_gated, .*chunk_scan, got 'chunk'$"
+    message = r"^kernel must be one of layer_norm_gated, .*chunk_segments, got 'chunk'$"
     with pytest.raises(ValueError, match=message), launch.pinned("chunk", launch.GATING_CONFIG):
         pass
     assert not launch._pins
