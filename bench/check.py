@@ -54,7 +54,6 @@ BENCHES = (
 SCANS = {
     "chunk_scan": (
         [
-            *(launch.ScanConfig(*each, overlapped=True) for each in ((64, 4, 2), (64, 4, 3), (128, 8, 2))),
             *(launch.ScanConfig(*each) for each in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3))),
         ],
         ("qwen3-next-tp4-prefill-8192", "qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-32x256"),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import itertools
 
 import torch
-from compile_cases import COMPILE_CASES, SPILL_BUDGET, case
+from compile_cases import COMPILE_CASES, SPILL_BUDGET, case, sweep
 from delta_cases import delta_inputs
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import chunk, decode, recurrent
+from gdn_kernels.kernels import chunk, chunk_segments, decode, recurrent
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -50,11 +50,24 @@ def plain_chunk_case(dtype, K, V, H=2, HV=4):
     chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
 
 
-def overlapped_case(call, config):
-    """The overlapped scan where it is made for, on other targets what their ladders say."""
-    made_for = launch.target(torch.device("cpu")).arch == 90
-    with launch.pinned("chunk_scan", config) if made_for else contextlib.nullcontext():
-        call()
+def segments_case(K, V, tokens=4100, *, has_slots):
+    # the chooser cuts nothing but for sm_90: elsewhere its own tile, and as many segments
+    config = launch.config("chunk_segments", 8, V, launch.target(torch.device("cpu")))
+    config = dataclasses.replace(config, max_segments=8)
+    cu_seqlens = torch.tensor([0, tokens, tokens], dtype=torch.int32) if has_slots else None
+    places = chunk_segments.places(2, tokens, cu_seqlens, config)
+    chunk_segments.combine(
+        torch.empty(places, 4, V + K, K),
+        torch.empty(places, 4, V, K),
+        torch.empty(4, 4, V, K) if has_slots else None,
+        cu_seqlens=cu_seqlens,
+        count=2,
+        tokens=tokens,
+        read=_slots(2) if has_slots else None,
+        has_initial_state=torch.ones(2, dtype=torch.bool) if has_slots else None,
+        pad_slot_id=-1,
+        config=config,
+    )
 
 
 def recurrent_case(state_dtype, K, V, rounding_seed=None):
@@ -88,18 +101,12 @@ def decode_case(state_dtype, K, V, rounding_seed=None):
 
 for dtype, (K, V) in itertools.product((torch.bfloat16,), ((64, 64), (128, 128), (256, 256))):
     case(f"chunk-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: chunk_case(dtype, K, V))
+case("segments-128x128")(lambda: segments_case(128, 128, has_slots=True))
+case("segments-64x64-plain")(lambda: segments_case(64, 64, has_slots=False))
+sweep("segments")(lambda T: segments_case(64, 64, T, has_slots=True))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
-# Overlapped scans of 64 and of 128 rows, in the form of an engine with checkpoints and in the plain functional one.
-for block_v, num_warps, stages, name, call, dtype, K in (
-    (64, 4, 3, "bf16-64x128", plain_chunk_case, torch.bfloat16, 64),
-    (64, 4, 3, "bf16-128x128", chunk_case, torch.bfloat16, 128),
-    (128, 8, 2, "fp16-128x128", plain_chunk_case, torch.float16, 128),
-):
-    config = launch.ScanConfig(block_v, num_warps, stages, overlapped=True)
-    call = functools.partial(overlapped_case, functools.partial(call, dtype, K, 128), config)
-    case(f"chunk-overlapped-{block_v}-{name}")(call)
-# Four value heads a program of the inverses.
-case("chunk-bf16-128x128-8-of-32")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 8, 32))
+# Four value heads a program of the inverses, and on sm_90 programs of 128 rows of the state.
+case("chunk-bf16-128x128-16-of-64")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 16, 64))
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))
@@ -114,9 +121,6 @@ for dtype in (torch.bfloat16, torch.float16):
 for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "*"] = 320
     SPILL_BUDGET[name, "gfx942"] = 384
-# None in the functional form with Triton 3.6.0; a few registers around checkpoints, and with 3.9.0.
-for name in [name for name in COMPILE_CASES if name.startswith("chunk-overlapped-")]:
-    SPILL_BUDGET[name, 90] = 96
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
 # Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.

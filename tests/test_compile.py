@@ -100,12 +100,13 @@ def test_the_quantised_norm_does_the_sums_of_the_norm(case, plain):
     assert quantised["fma"] == 2 * (quantised["mul"] - norm["mul"])
 
 
-@pytest.mark.parametrize("case", [name for name in registry.COMPILE_CASES if name.startswith("chunk-overlapped-")])
-def test_overlapped_products_run_beside_the_threads(case):
-    """All four products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""
-    scan = next(binary for binary in binaries(("cuda", 90), case) if binary.kernel == "overlapped_scan_kernel")
-    key_steps, chunk_steps = (4 if "64x128" in case else 8), 4
-    assert scan.asm.count("wgmma.mma_async") == 2 * key_steps + 2 * chunk_steps
+@pytest.mark.parametrize("case, parts", [("chunk-bf16-64x64", 1), ("chunk-bf16-128x128", 1), ("chunk-bf16-128x128-16-of-64", 2)])
+def test_products_on_hopper_run_beside_the_threads(case, parts):
+    """All products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""
+    scan = [binary for binary in binaries(("cuda", 90), case) if binary.kernel == "hopper_scan_kernel"][-1]
+    key_steps, chunk_steps = (4 if "64x64" in case else 8), 4
+    # two products with the state's operand, three with a chunk's, in each part; and P
+    assert scan.asm.count("wgmma.mma_async") == parts * (2 * key_steps + 3 * chunk_steps) + key_steps
     log = triton_support.ptxas_log(scan.asm, 90)
     assert "serialized" not in log, log
 

@@ -19,10 +19,10 @@ from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
 
-# Both scans, with one value head a program of the preparation and with several; they do not depend on each other.
+# One value head a program of the preparation, and several; the scan does not depend on it.
 PAIRS = {
-    "plain": (launch.PrepConfig(1, 1, 4), launch.ScanConfig(32, 4, 2)),
-    "overlapped": (launch.PrepConfig(4, 4, 4), launch.ScanConfig(64, 4, 3, overlapped=True)),
+    "alone": (launch.PrepConfig(1, 1, 4), launch.ScanConfig(32, 4, 2)),
+    "shared": (launch.PrepConfig(4, 4, 4), launch.ScanConfig(64, 4, 3)),
 }
 
 

@@ -137,6 +137,10 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
+    "no-segments": launch.NO_SEGMENTS,
+    **{name: getattr(launch, name) for name in dir(launch) if name.startswith(("HOPPER_SCAN_", "HOPPER_MAP_"))},
+    **{f"segments-{limit}": config for limit, config in launch.SEGMENT_LADDER},
+    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
 TYPES = {type(config) for config in CONFIGS.values()}
@@ -168,7 +172,11 @@ def test_a_rung_is_well_formed(name: str) -> None:
         assert isinstance(value, int)
         if field.name == "num_stages":
             assert 1 <= value <= 4
-        elif field.name != "overlapped":
+        elif "registers" in field.name:
+            assert value % 8 == 0 and value <= 256
+        elif field.name == "stages":
+            assert 2 <= value <= 4
+        else:
             assert power_of_two(value), f"{field.name} = {value}"
     assert 1 <= config.num_warps <= 16
 
@@ -196,6 +204,14 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
     # 128 elements a thread in flight
     lanes = 64 if target.backend == "hip" else 32
     assert config.block_v * head_k_dim * config.ahead <= 128 * lanes * config.num_warps
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("heads, segments", [(1, 8), (8, 8), (9, 4), (16, 4), (17, 1), (64, 1)])
+def test_few_heads_cut_long_sequences_on_hopper_alone(heads: int, segments: int, target: Target) -> None:
+    config = launch.segment_config(heads, 128, target)
+    assert config.max_segments == (segments if target.arch == 90 else 1)
+    assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
 
 
 @pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
@@ -229,29 +245,6 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
-@pytest.mark.parametrize("size", HEAD_DIMS)
-def test_operands_that_descriptors_cannot_address_have_a_plain_scan(size: int, target: Target) -> None:
-    assert not launch.scan_config(size, target, tiles=False).overlapped
-    if launch.scan_config(size, target).overlapped:
-        assert (target, size <= 128) == (Target("cuda", 90), True)
-
-
-def test_scratch_is_allocated_in_the_launch_alone() -> None:
-    triton = pytest.importorskip("triton")
-    allocation = pytest.importorskip("triton.runtime._allocation")
-    before = allocation._allocator.get()
-    assert replay.with_scratch(lambda: allocation._allocator.get()) is replay._scratch
-    assert allocation._allocator.get() is before
-    mine = lambda size, alignment, stream: None  # noqa: E731
-    triton.set_allocator(mine)
-    try:
-        replay.with_scratch(lambda: None)
-        assert allocation._allocator.get() is mine
-    finally:
-        triton.set_allocator(before)
-
-
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:
     for call in (lambda: launch.recurrent_config(512), lambda: launch.scan_config(512, Target("cuda", 90))):
         with pytest.raises(NotImplementedError, match=r"^head_k_dim must be at most 256, got 512$"):
@@ -264,7 +257,8 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "num_v_heads", "target", "tiles"}
+    # states: sequences times heads, which a captured plan fixes too
+    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -280,6 +274,9 @@ FACTS = {
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
+    "chunk_hopper_scan": [(size, states) for size in HEAD_DIMS for states in (1, 66, 67, 4096)],
+    "chunk_map": [(size, other) for size in HEAD_DIMS for other in HEAD_DIMS],
+    "chunk_segments": [(heads, 128, target) for heads in (1, 8, 9, 16, 17, 64) for target in TARGETS],
 }
 
 
@@ -328,7 +325,7 @@ def test_an_exception_undoes_a_pin() -> None:
 
 
 def test_an_unknown_kernel_cannot_be_pinned() -> None:
-    message = r"^kernel must be one of layer_norm_gated, .*chunk_scan, got 'chunk'$"
+    message = r"^kernel must be one of layer_norm_gated, .*chunk_segments, got 'chunk'$"
     with pytest.raises(ValueError, match=message), launch.pinned("chunk", launch.GATING_CONFIG):
         pass
     assert not launch._pins
