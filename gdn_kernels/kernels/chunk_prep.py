@@ -123,14 +123,6 @@ def side_by_side(a, b, c, d):
 
 
 @triton.jit
-def load_beta(beta_ptrs, valid, beta_scale, IS_RAW_GATE: tl.constexpr):
-    b = tl.load(beta_ptrs, mask=valid, other=0.0).to(tl.float32)
-    if IS_RAW_GATE:
-        b = tl.where(valid, beta_scale * sigmoid(b), 0.0)
-    return b
-
-
-@triton.jit
 def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
     """Inverse norms of a block's rows along rows, and along columns, from the diagonal of its products."""
     r = tl.arange(0, BLOCK)[:, None]
@@ -146,19 +138,26 @@ def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
 
 
 @triton.jit
-def load_gates(gate_ptrs):
-    """Summed gates of a block's tokens along rows and along columns, and the first of them."""
+def decayed(y, b, m, gate_ptrs):
+    """A block of Y on the diagonal, with ``b`` along rows, ``m`` along columns and G."""
     o16 = tl.arange(0, BLOCK)
-    return tl.load(gate_ptrs + o16)[:, None], tl.load(gate_ptrs + o16)[None, :], tl.load(gate_ptrs)
+    rows = tl.load(gate_ptrs + o16)[:, None]
+    columns = tl.load(gate_ptrs + o16)[None, :]
+    # no exponent is positive on or above the diagonal
+    return y * (b * m * tl.exp2(tl.minimum(columns - rows, 0.0)))
 
 
 @triton.jit
-def decayed(y, weights, rows, columns):
-    """A block of Y on the diagonal, times ``weights`` and G; no exponent is positive on or above the diagonal."""
-    return y * (weights * tl.exp2(tl.minimum(columns - rows, 0.0)))
+def decayed_from(y, b, m, row_gate_ptrs, gate_ptrs):
+    """The same for a block whose columns are of a later block: from a row to that block's first token, then on."""
+    o16 = tl.arange(0, BLOCK)
+    rows = tl.load(row_gate_ptrs + o16)[:, None]
+    columns = tl.load(gate_ptrs + o16)[None, :]
+    first = tl.load(gate_ptrs)
+    return y * ((b * tl.exp2(first - rows)) * (m * tl.exp2(columns - first)))
 
 
-@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
+@triton.jit(do_not_specialize=["N", "T", "heads", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
 def inverse_kernel(
     q_ptr,
     k_ptr,
@@ -172,6 +171,7 @@ def inverse_kernel(
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
+    heads: tl.int32,
     stride_q_b,
     stride_q_t,
     stride_q_h,
@@ -233,24 +233,27 @@ def inverse_kernel(
                 squares += tl.sum(q * q, axis=1)
             norm_q = inv_l2norm(squares, L2NORM_EPS)
         norm_q *= scale
-        g_base = g_ptr + batch * stride_g_b + first * stride_g_t + hv0
+        g_ptrs = g_ptr + batch * stride_g_b + (first + o64) * stride_g_t + hv0
+        beta_ptrs = beta_ptr + batch * stride_beta_b + (first + o64) * stride_beta_t + hv0
         for each in range(HEADS):
             factor_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + o64
-            g = tl.load(g_base + each + o64 * stride_g_t, mask=o64 < left, other=0.0).to(tl.float32)
+            g = tl.load(g_ptrs + each, mask=o64 < left, other=0.0).to(tl.float32)
+            b = tl.load(beta_ptrs + each, mask=o64 < left, other=0.0).to(tl.float32)
             if IS_RAW_GATE:
                 A_log = tl.load(A_log_ptr + hv0 + each).to(tl.float32)
                 dt_bias = tl.load(dt_bias_ptr + hv0 + each).to(tl.float32)
                 g = tl.where(o64 < left, gate(g, A_log, dt_bias), 0.0)
+                b = tl.where(o64 < left, beta_scale * sigmoid(b), 0.0)
             # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
             gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
             tl.store(factor_ptrs, gates)
+            # until Y is known, whose blocks take it from here: registers are short there
+            tl.store(factor_ptrs + C, b)
             tl.store(factor_ptrs + 2 * C, tl.exp2(gates) * norm_q)
             tl.store(factor_ptrs + 3 * C, norm_q)
-        # threads read the gates that others have written
-        tl.debug_barrier()
 
-        # 128 columns at a time; narrower loads cost more than they save registers
-        BLOCK_K: tl.constexpr = min(K, 128)
+        # rows of 128 columns at once, longer ones by 64, in turns of a loop: what fits the registers
+        BLOCK_K: tl.constexpr = K if K <= 128 else 64
         columns = tl.arange(0, BLOCK_K)[None, :]
         k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
         zero = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
@@ -264,7 +267,7 @@ def inverse_kernel(
         A31 = zero
         A32 = zero
         A33 = zero
-        for s in tl.static_range(0, K, BLOCK_K):
+        for s in tl.range(0, K, BLOCK_K):
             k0 = tl.load(k_base + r * stride_k_t + s + columns, mask=r < left, other=0.0)
             k1 = tl.load(k_base + (16 + r) * stride_k_t + s + columns, mask=16 + r < left, other=0.0)
             k2 = tl.load(k_base + (32 + r) * stride_k_t + s + columns, mask=32 + r < left, other=0.0)
@@ -283,13 +286,6 @@ def inverse_kernel(
         n1, m1 = norms_of(A11, USE_QK_L2NORM)
         n2, m2 = norms_of(A22, USE_QK_L2NORM)
         n3, m3 = norms_of(A33, USE_QK_L2NORM)
-        for each in range(HEADS):
-            gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C) + r
-            tl.store(gate_ptrs + C, tl.exp2(tl.load(gate_ptrs)) * n0)
-            tl.store(gate_ptrs + C + 16, tl.exp2(tl.load(gate_ptrs + 16)) * n1)
-            tl.store(gate_ptrs + C + 32, tl.exp2(tl.load(gate_ptrs + 32)) * n2)
-            tl.store(gate_ptrs + C + 48, tl.exp2(tl.load(gate_ptrs + 48)) * n3)
-
         A00 *= n0 * m0
         A11 *= n1 * m1
         A22 *= n2 * m2
@@ -304,50 +300,46 @@ def inverse_kernel(
 
         lower = r > c
         upper = r < c
-        beta_base = beta_ptr + batch * stride_beta_b + first * stride_beta_t + hv0
         tile = r * C + tl.arange(0, C)[None, :]
         DTYPE: tl.constexpr = y_ptr.dtype.element_ty
         none = zero.to(DTYPE)
 
-        for each in range(HEADS):
-            beta_ptrs = beta_base + each + o16 * stride_beta_t
-            b0 = load_beta(beta_ptrs, o16 < left, beta_scale, IS_RAW_GATE)
-            b1 = load_beta(beta_ptrs + 16 * stride_beta_t, 16 + o16 < left, beta_scale, IS_RAW_GATE)
-            b2 = load_beta(beta_ptrs + 32 * stride_beta_t, 32 + o16 < left, beta_scale, IS_RAW_GATE)
-            b3 = load_beta(beta_ptrs + 48 * stride_beta_t, 48 + o16 < left, beta_scale, IS_RAW_GATE)
-
-            # G_ji of j in a later block than i is a product of two: from i to the block's first token, from there to j
+        # threads read what others have written
+        tl.debug_barrier()
+        # a runtime number of turns, because a loop of one known turn dissolves, and registers spill
+        for each in range(heads):
             gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C)
             # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
             y_base = y_ptr + (place * HV + hv0 + each) * (C * C) + tile
-            L = tl.where(lower, A33 * b3[:, None], 0.0)
-            T33, Y33 = inverse_block(L, tl.where(upper, A33 * b3[None, :], 0.0), OPERAND)
-            T3_high, T3_low = split(T33 * -b3[None, :], OPERAND)
-            gates_r, gates_c, start3 = load_gates(gate_ptrs + 48)
-            y = side_by_side(none, none, none, decayed(Y33, b3[:, None] * m3, gates_r, gates_c).to(DTYPE))
+            b = tl.load(gate_ptrs + C + 48 + r)
+            b_columns = tl.load(gate_ptrs + C + 48 + c)
+            L = tl.where(lower, A33 * b, 0.0)
+            T33, Y33 = inverse_block(L, tl.where(upper, A33 * b_columns, 0.0), OPERAND)
+            T3_high, T3_low = split(T33 * -b_columns, OPERAND)
+            y = side_by_side(none, none, none, decayed(Y33, b, m3, gate_ptrs + 48).to(DTYPE))
             tl.store(y_base + 48 * C, y)
-            w3 = m3 * tl.exp2(gates_c - start3)
 
-            L = tl.where(lower, A22 * b2[:, None], 0.0)
-            T22, Y22 = inverse_block(L, tl.where(upper, A22 * b2[None, :], 0.0), OPERAND)
-            T2_high, T2_low = split(T22 * -b2[None, :], OPERAND)
+            b = tl.load(gate_ptrs + C + 32 + r)
+            b_columns = tl.load(gate_ptrs + C + 32 + c)
+            L = tl.where(lower, A22 * b, 0.0)
+            T22, Y22 = inverse_block(L, tl.where(upper, A22 * b_columns, 0.0), OPERAND)
+            T2_high, T2_low = split(T22 * -b_columns, OPERAND)
             Y22_high, Y22_low = split(Y22, OPERAND)
             sums = add_whole_product(zero, Y22_high, Y22_low, A32_high, A32_low)
             Y32 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            b = b2[:, None]
-            gates_r, gates_c, start2 = load_gates(gate_ptrs + 32)
             y = side_by_side(
                 none,
                 none,
-                decayed(Y22, b * m2, gates_r, gates_c).to(DTYPE),
-                (Y32 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
+                decayed(Y22, b, m2, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y32, b, m3, gate_ptrs + 32, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base + 32 * C, y)
-            w2 = m2 * tl.exp2(gates_c - start2)
 
-            L = tl.where(lower, A11 * b1[:, None], 0.0)
-            T11, Y11 = inverse_block(L, tl.where(upper, A11 * b1[None, :], 0.0), OPERAND)
-            T1_high, T1_low = split(T11 * -b1[None, :], OPERAND)
+            b = tl.load(gate_ptrs + C + 16 + r)
+            b_columns = tl.load(gate_ptrs + C + 16 + c)
+            L = tl.where(lower, A11 * b, 0.0)
+            T11, Y11 = inverse_block(L, tl.where(upper, A11 * b_columns, 0.0), OPERAND)
+            T1_high, T1_low = split(T11 * -b_columns, OPERAND)
             Y11_high, Y11_low = split(Y11, OPERAND)
             sums = add_whole_product(zero, Y11_high, Y11_low, A21_high, A21_low)
             Y21 = add_product(zero, sums.to(OPERAND), T2_high, T2_low)
@@ -355,19 +347,18 @@ def inverse_kernel(
             Y21_high, Y21_low = split(Y21, OPERAND)
             sums = add_whole_product(sums, Y21_high, Y21_low, A32_high, A32_low)
             Y31 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            b = b1[:, None]
-            gates_r, gates_c, start1 = load_gates(gate_ptrs + 16)
             y = side_by_side(
                 none,
-                decayed(Y11, b * m1, gates_r, gates_c).to(DTYPE),
-                (Y21 * (b * tl.exp2(start2 - gates_r) * w2)).to(DTYPE),
-                (Y31 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
+                decayed(Y11, b, m1, gate_ptrs + 16).to(DTYPE),
+                decayed_from(Y21, b, m2, gate_ptrs + 16, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y31, b, m3, gate_ptrs + 16, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base + 16 * C, y)
-            w1 = m1 * tl.exp2(gates_c - start1)
 
-            L = tl.where(lower, A00 * b0[:, None], 0.0)
-            _, Y00 = inverse_block(L, tl.where(upper, A00 * b0[None, :], 0.0), OPERAND)
+            b = tl.load(gate_ptrs + C + r)
+            b_columns = tl.load(gate_ptrs + C + c)
+            L = tl.where(lower, A00 * b, 0.0)
+            _, Y00 = inverse_block(L, tl.where(upper, A00 * b_columns, 0.0), OPERAND)
             Y00_high, Y00_low = split(Y00, OPERAND)
             sums = add_whole_product(zero, Y00_high, Y00_low, A10_high, A10_low)
             Y10 = add_product(zero, sums.to(OPERAND), T1_high, T1_low)
@@ -380,15 +371,20 @@ def inverse_kernel(
             Y20_high, Y20_low = split(Y20, OPERAND)
             sums = add_whole_product(sums, Y20_high, Y20_low, A32_high, A32_low)
             Y30 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
-            b = b0[:, None]
-            gates_r, gates_c, _ = load_gates(gate_ptrs)
             y = side_by_side(
-                decayed(Y00, b * m0, gates_r, gates_c).to(DTYPE),
-                (Y10 * (b * tl.exp2(start1 - gates_r) * w1)).to(DTYPE),
-                (Y20 * (b * tl.exp2(start2 - gates_r) * w2)).to(DTYPE),
-                (Y30 * (b * tl.exp2(start3 - gates_r) * w3)).to(DTYPE),
+                decayed(Y00, b, m0, gate_ptrs).to(DTYPE),
+                decayed_from(Y10, b, m1, gate_ptrs, gate_ptrs + 16).to(DTYPE),
+                decayed_from(Y20, b, m2, gate_ptrs, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y30, b, m3, gate_ptrs, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base, y)
+
+            # no thread reads beta any more
+            tl.debug_barrier()
+            tl.store(gate_ptrs + C + c, tl.exp2(tl.load(gate_ptrs + c)) * m0)
+            tl.store(gate_ptrs + C + 16 + c, tl.exp2(tl.load(gate_ptrs + 16 + c)) * m1)
+            tl.store(gate_ptrs + C + 32 + c, tl.exp2(tl.load(gate_ptrs + 32 + c)) * m2)
+            tl.store(gate_ptrs + C + 48 + c, tl.exp2(tl.load(gate_ptrs + 48 + c)) * m3)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -502,6 +498,7 @@ def prepare_inverse(
         cu_seqlens,
         count,
         tokens,
+        heads,
         *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
         *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
         o.stride(1),
