@@ -211,7 +211,6 @@ class PrepConfig:
     heads: int
     num_warps: int
     num_stages: int = 1
-    registers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,14 +236,15 @@ class HopperScanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentConfig:
-    """Segments of a long sequence: at most ``max_segments``, each of at least ``min_tokens``; 1 leaves sequences whole.
-    Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+    """Segments of a sequence of ``long_tokens`` or more: at most ``max_segments``, each of at least ``min_tokens``; 1
+    leaves sequences whole. Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
 
     max_segments: int
     min_tokens: int
-    block_v: int
-    num_warps: int
-    num_stages: int
+    long_tokens: int
+    block_v: int = 16
+    num_warps: int = 8
+    num_stages: int = 3
 
 
 # Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
@@ -399,13 +399,13 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
     return HOPPER_MAP_NARROW if head_k_dim % 128 or head_v_dim % 128 else HOPPER_MAP_WIDE
 
 
-# Value heads -> segments of a long sequence: more heads fill the GPU by themselves. Only the scan of sm_90 walks segments.
-# A map of 128 columns, split for tf32x3, fits the registers of 8 warps and not those of 4 (304 bytes of spills).
+# Value heads -> segments of a long sequence; more heads fill the GPU by themselves. Only the scan of sm_90 walks
+# segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4.
 SEGMENT_LADDER = (
-    (8, SegmentConfig(max_segments=8, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
-    (16, SegmentConfig(max_segments=4, min_tokens=1024, block_v=16, num_warps=8, num_stages=3)),
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192)),
+    (16, SegmentConfig(max_segments=4, min_tokens=4096, long_tokens=16384)),
 )
-NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, block_v=16, num_warps=8, num_stages=1)
+NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024)
 
 
 def segment_config(num_v_heads: int, head_v_dim: int, target: Target) -> SegmentConfig:
@@ -509,8 +509,6 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
         options["num_stages"] = config.num_stages
     bases = (getattr(arg, "base", arg) for arg in args)
     device = next(base.device for base in bases if isinstance(base, torch.Tensor))
-    if getattr(config, "registers", 0):  # an option of CUDA alone
-        options["maxnreg"] = config.registers
     if "PDL" in kernel.arg_names:
         constexprs["PDL"] = has_pdl(target(device))
         if constexprs["PDL"]:  # not an option of every backend

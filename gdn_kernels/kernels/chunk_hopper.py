@@ -1,6 +1,6 @@
-"""The scan of the chunked gated delta rule on Hopper, in Gluon: asynchronous copies and products, warps of one job each.
+"""The scan of the chunked gated delta rule on Hopper, in Gluon: asynchronous copies and products, a job for each warp.
 
-With Y of the preparation (kernels/chunk_prep.py; gates, beta and inverse norms of k are in it), per value head and chunk:
+With Y of the preparation (kernels/chunk_prep.py: gates, beta and inverse norms of k are in it), per head and chunk:
 
     P = scale G * tril(q^ k^T)                                          auxiliary warps
     W = v - gamma * (k^ S^T),   U = Y^T W                               a warpgroup for each 64 rows of the state
@@ -8,7 +8,7 @@ With Y of the preparation (kernels/chunk_prep.py; gates, beta and inverse norms 
 
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one. One warp
 copies tiles into shared memory, some chunks ahead; auxiliary warps form P; each state warpgroup holds its 64 rows in
-registers, as fp32 and as operand, everything transposed. A state's 64 rows are computed alike in either size of program.
+registers, as fp32 and as operand, everything transposed. Rows have the same bits in either size of program.
 
 Rows of a tile past the end of the sequence arrive as zeros and are not written: a descriptor's first two dimensions
 shift its base so that its third ends where the sequence does (the addresses wrap at 2^64). So no neighbour's token,
@@ -45,6 +45,7 @@ _store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
+first_map = gluon.jit(chunk_segments.first_map.fn)
 
 
 @gluon.jit
@@ -283,6 +284,7 @@ def hopper_scan_kernel(
     V: gl.constexpr,
     MAX_SEGMENTS: gl.constexpr,
     MIN_TOKENS: gl.constexpr,
+    LONG_TOKENS: gl.constexpr,
     IS_MAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -300,13 +302,15 @@ def hopper_scan_kernel(
     n = (pid // (BLOCKS * HV)).to(gl.int64)
     h = hv // (HV // H)
 
-    part = n
+    place_of_segment = n
+    if IS_MAP:
+        place_of_segment += N
     segment = n.to(gl.int32) * 0
     is_last = segment == 0
     first_chunk = segment
     if MAX_SEGMENTS > 1:
         n, segment, segments, first_chunk, chunks, batch, start, length = segment_of(
-            cu_seqlens_ptr, part, N, T, MAX_SEGMENTS, MIN_TOKENS
+            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
         )
         is_last = segment == segments - 1
     else:
@@ -323,22 +327,17 @@ def hopper_scan_kernel(
     if IS_MAP:
         known = has_values
         later = has_values
-        keep = segment < segments - 1
-        if not keep:
-            chunks = chunks * 0
+        keep = chunks > 0
         initial = n * 0
-        final = (part * HV + hv) * ((V + K) * K)
+        final = ((place_of_segment - N) * HV + hv) * ((V + K) * K)
     else:
         read, write, active, keep, known = slots(
             read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
         )
         later = segment > 0
         if MAX_SEGMENTS > 1:
-            exists = segment < segments
-            known = known & (segment == 0) & exists
-            keep = keep & is_last & exists
-            if not exists:
-                chunks = chunks * 0
+            known = known & (segment == 0)
+            keep = keep & is_last
         if not active:
             # a sequence without a slot: zeros
             layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // C, C // 8], [gl.num_warps(), 1], [1, 0])
@@ -348,7 +347,9 @@ def hopper_scan_kernel(
             zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
             for i in range(first_chunk * C, gl.minimum((first_chunk + chunks) * C, length), 16):
                 for each in gl.static_range(PARTS):
-                    to = o_base + i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + each * C + columns[None, :])
+                    to = (
+                        o_base + i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + each * C + columns[None, :])
+                    )
                     gl.store(to, zeros, mask=(i + o16 < length)[:, None])
             chunks = chunks * 0
         if checkpoint_ptr is not None:
@@ -387,7 +388,10 @@ def hopper_scan_kernel(
         mbarrier.init(p_ready.index(stage), count=1)
     fence_async_shared()
 
-    begin = (part * HV + hv) * (V * K)
+    begin = n * 0
+    if MAX_SEGMENTS > 1 and not IS_MAP:
+        before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment - 1
+        begin = (before * HV + hv) * (V * K)
     q_column = h * K
     v_column = hv * V + first_row
     head = ((place + first_chunk) * HV + hv).to(gl.int32)
@@ -464,7 +468,7 @@ def _layout(x, shape):
 
 
 def _tiles(x, columns):
-    """Descriptor of tiles of 64 tokens and ``columns`` columns of ``x``, [B, T, heads, size], whose rows end anywhere."""
+    """Descriptor of tiles of 64 tokens and ``columns`` columns of ``x``, [B, T, heads, size], that end anywhere."""
     stride = x.stride(1)
     shape = (1, 1, CHUNK, columns)
     extents = [SHIFTS, SHIFTS, ROWS, x.shape[2] * x.shape[3]]
@@ -518,17 +522,16 @@ def scan(
         launch.descriptor(factors, [factors.numel()], [1], [4 * CHUNK], _layout(factors, (4 * CHUNK,))),
         _tiles(o, CHUNK),
     )
-    places = count
     starts = None
-    if segments.max_segments > 1:
-        places = chunk_segments.places(count, tokens, cu_seqlens, segments)
-        maps = launch.empty(factors, places, HV, V + K, K)
-        starts = launch.empty(factors, places, HV, V, K)
+    num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
+    if num_maps:
+        maps = launch.empty(factors, num_maps, HV, V + K, K)
+        starts = launch.empty(factors, num_maps, HV, V, K)
 
     def start(config, initial, final, is_map, **tensors):
         launch.run(
             hopper_scan_kernel,
-            (places * HV * ((V + K if is_map else V) // (config.parts * CHUNK)),),
+            ((num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK)),),
             *tiles,
             o,
             initial,
@@ -553,8 +556,9 @@ def scan(
             HV=HV,
             K=K,
             V=V,
-            MAX_SEGMENTS=segments.max_segments,
+            MAX_SEGMENTS=segments.max_segments if num_maps else 1,
             MIN_TOKENS=segments.min_tokens,
+            LONG_TOKENS=segments.long_tokens,
             IS_MAP=is_map,
             PARTS=config.parts,
             STAGES=config.stages,

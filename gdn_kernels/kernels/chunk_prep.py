@@ -537,7 +537,7 @@ def prepare_products(q, k, x, r, factors, *, config, count, cu_seqlens):
         count,
         tokens,
         *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-        config=dataclasses.replace(config, registers=0),
+        config=config,
         H=H,
         HV=HV,
         K=K,

@@ -9,11 +9,13 @@ without values, B what it makes of a zero state. A map pass finds them for every
 S_j = S_{j-1} A_{j-1} + B_{j-1} gives each segment but the first its start; then all segments run at once.
 
 Where a sequence is cut depends on its own length and static facts alone, so the rest of a batch changes none of its
-bits. Segment j of sequence n has place cu_seqlens[n] // MIN + n + j in scratch, without a plan from the host:
-T // MIN + N + 1 places serve every batch of N sequences in T tokens.
+bits. Programs have places, without a plan from the host: place n < N is the last segment of sequence n, or all of it;
+N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN places serve every batch of N sequences
+in T tokens, those past N hold the segments that have a map, and maps and starts are numbered from there.
 
-maps [place, HV, V + K, K] holds B, then A; starts [place, HV, V, K] the first states; both fp32, K last. The products
-are of fp32 operands in three products of tf32 each, about fp32's precision: what a map loses, every later token loses.
+maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; both fp32, K
+last. The products are of fp32 operands in three products of tf32 each, about fp32's precision: what a map
+loses, every later token loses.
 
 Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
 """
@@ -28,54 +30,65 @@ C = tl.constexpr(64)
 
 
 @triton.jit
-def cut(length, MAX: tl.constexpr, MIN: tl.constexpr):
+def cut(length, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
     """How many segments a sequence of ``length`` tokens has, and chunks in each but the last; none is empty, except
-    that of an empty sequence."""
+    that of an empty sequence. Only those of LONG tokens or more are cut."""
     chunks = (length + C - 1) // C
     segments = tl.maximum(tl.minimum(length // MIN, MAX), 1)
+    segments = tl.where(length >= LONG, segments, 1)
     per_segment = tl.maximum((chunks + segments - 1) // segments, 1)
     # rounding up may leave fewer: 5 chunks by 2 are 3 segments, not 4
     return tl.maximum((chunks + per_segment - 1) // per_segment, 1), per_segment
 
 
 @triton.jit
-def first_place(cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr):
-    """Place of the first segment of sequence ``n``, whose first token is ``start``."""
+def first_map(cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+    """Number of the map of the first segment of sequence ``n``, whose first token is ``start``."""
     if cu_seqlens_ptr is not None:
-        place = start // MIN + n
+        number = start // MIN
     else:
-        place = n * tl.maximum(tl.minimum(T // MIN, MAX), 1)
-    return place
+        segments, _ = cut(T, MAX, MIN, LONG)
+        number = n * (segments - 1)
+    return number
 
 
 @triton.jit
-def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr):
+def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
     """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
 
     Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
     many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
-    whole sequence. A place of no segment returns segment >= segments and chunks = 0, with some n below N.
+    whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
     """
+    number = place - N
     low = place * 0
     high = low + N - 1
-    if cu_seqlens_ptr is not None:
+    if number < 0:
+        low = place
+    elif cu_seqlens_ptr is not None:
+        # the last sequence that begins at or before this place: those before it have no segment here
         while low < high:
             middle = (low + high + 1) // 2
             _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first_place(cu_seqlens_ptr, middle, first, T, MAX, MIN) <= place:
+            if first // MIN <= number:
                 low = middle
             else:
                 high = middle - 1
     else:
-        low = tl.minimum(place // tl.maximum(tl.minimum(T // MIN, MAX), 1), high)
+        of_row, _ = cut(T, MAX, MIN, LONG)
+        low = tl.minimum(number // tl.maximum(of_row - 1, 1), high)
     n = low
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    segments, per_segment = cut(length, MAX, MIN)
-    segment = (place - first_place(cu_seqlens_ptr, n, start, T, MAX, MIN)).to(tl.int32)
-    if segment < 0:
-        segment = segments  # before the first sequence, where offsets do not begin at 0
+    segments, per_segment = cut(length, MAX, MIN, LONG)
+    segment = segments - 1
+    if number >= 0:
+        segment = (number - first_map(cu_seqlens_ptr, n, start, T, MAX, MIN, LONG)).to(tl.int32)
+        if (segment < 0) | (segment >= segments - 1):
+            segment = segments
     first_chunk = segment * per_segment
     chunks = tl.maximum(tl.minimum(per_segment, (length + C - 1) // C - first_chunk), 0)
+    if segment == segments:
+        chunks = chunks * 0
     return n, segment, segments, first_chunk, chunks, batch, start, length
 
 
@@ -97,6 +110,7 @@ def combine_kernel(
     BLOCK_V: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
+    LONG_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -107,7 +121,7 @@ def combine_kernel(
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
 
     _, start, length = span(cu_seqlens_ptr, n, T)
-    segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS)
+    segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
     if segments > 1:
         read, write, active, keep, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
         if active:
@@ -119,27 +133,30 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
-            place = first_place(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS)
+            first = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
             # maps do not wait for the state: they are loaded ahead of it
-            for j in tl.range(1, segments, num_stages=STAGES):
-                head = (place + j) * HV + hv
-                map_ptr = maps_ptr + (head - HV) * ((V + K) * K)
+            for j in tl.range(0, segments - 1, num_stages=STAGES):
+                head = (first + j) * HV + hv
+                map_ptr = maps_ptr + head * ((V + K) * K)
                 A = tl.load(map_ptr + V * K + square)
                 B = tl.load(map_ptr + row * K + inner)
                 S = tl.dot(S, A, B, input_precision=PRECISION)
                 tl.store(starts_ptr + (head * V + row) * K + inner, S)
 
 
-def places(count, tokens, cu_seqlens, config):
-    """Places of scratch that ``count`` sequences need: in ``tokens`` tokens, or each of as many."""
-    if cu_seqlens is None:
-        return count * max(1, min(config.max_segments, tokens // config.min_tokens))
-    return tokens // config.min_tokens + count + 1
+def num_maps(count, tokens, cu_seqlens, config):
+    """Maps of ``count`` sequences, at most: in ``tokens`` tokens, or each of as many."""
+    if cu_seqlens is not None:
+        return tokens // config.min_tokens
+    if tokens < config.long_tokens:
+        return 0
+    chunks = triton.cdiv(tokens, 64)
+    per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
+    return count * (triton.cdiv(chunks, per_segment) - 1)
 
 
 def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
-    """Write to ``starts`` what each segment but a sequence's first starts from; nothing for sequences of one segment,
-    nor for those without a slot."""
+    """Write to ``starts`` what the segment after each with a map starts from; nothing for sequences without a slot."""
     HV, V, K = starts.shape[1:]
     launch.run(
         combine_kernel,
@@ -161,6 +178,7 @@ def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initi
         BLOCK_V=config.block_v,
         MAX_SEGMENTS=config.max_segments,
         MIN_TOKENS=config.min_tokens,
+        LONG_TOKENS=config.long_tokens,
         # AMD's matrix units take fp32 as it is, and have no tf32x3
         PRECISION="ieee" if launch.target(maps.device).backend == "hip" else "tf32x3",
         STAGES=config.num_stages,
