@@ -332,7 +332,8 @@ def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
 # 2/8 1x8192, 8/32 8x1024, 16/64 1x8192: inverses of 4 heads a program 15.2, 17.8, 29, 60; 2 heads 9.4, 11.8, 40, 64;
 # 1 head 6.5, 11.1, 43, 83; products of 4 heads 8.2, 13.1, 66, 130; 2 heads 6.1, 15, 72, 140; 1 head 5.2, 15.4, 64, 128.
 PREP_LADDER = (
-    (16, PrepConfig(inverse_heads=1, heads=1, num_warps=4)),
+    (8, PrepConfig(inverse_heads=1, heads=1, num_warps=4)),
+    (16, PrepConfig(inverse_heads=2, heads=1, num_warps=4)),
     (64, PrepConfig(inverse_heads=4, heads=1, num_warps=4)),
 )
 
@@ -400,19 +401,57 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 
 
 # Value heads -> segments of a long sequence; more heads fill the GPU by themselves. Only the scan of sm_90 walks
-# segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4.
+# segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4. K = V = 128,
+# H100, 2026-11-23, us of map pass, joining and scan, beside the scan alone: heads 2/8 1x8192 25, 20, 29 in 8 segments,
+# 169; 1x32768 85, 21, 102, 661; 8x4096 75, 42, 111 in 4 segments, 96; 4/16 1x8192 44, 11, 53 in 4 segments, 169;
+# 1x32768 163, 11, 200, 661; 4x8192 137, 40, 204, 182; 8/32 1x32768 292, 21, 376 in 4 segments, 652.
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192)),
     (16, SegmentConfig(max_segments=4, min_tokens=4096, long_tokens=16384)),
 )
-NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024)
+# The same where the number of sequences may be looked at, for at most so many states (sequences times value heads).
+THROUGHPUT_SEGMENT_LADDER = (
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096)),
+    (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192)),
+)
+THROUGHPUT_STATES = 32
+NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)
+
+POLICIES = ("invariant", "throughput")
+_policy = POLICIES[0]
 
 
-def segment_config(num_v_heads: int, head_v_dim: int, target: Target) -> SegmentConfig:
-    """How long sequences are cut into segments, and how the states of those join."""
+def prefill_policy() -> str:
+    """The policy that long sequences are cut by: see :func:`use_prefill_policy`."""
+    return _policy
+
+
+def use_prefill_policy(policy: str) -> None:
+    """Cut long sequences by ``policy`` from the next call on, in the whole process.
+
+    ``invariant``, the default: by a sequence's own length and static facts, so that its bits are the same alone and in
+    any batch. ``throughput``: also by the number of sequences that the call has offsets for (in a captured graph, the
+    same in every replay), so that a batch that fills the GPU is left whole; cutting changes the rounding.
+
+    Raises ValueError for another name. Graphs that are already captured keep what they were captured with.
+    """
+    global _policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    _policy = policy
+    replay.forget()
+
+
+def segment_config(
+    num_v_heads: int, head_v_dim: int, target: Target, policy: str = POLICIES[0], states: int = 0
+) -> SegmentConfig:
+    """How long sequences are cut into segments; ``states``, sequences times heads, matters to ``throughput`` alone."""
     config = NO_SEGMENTS
     if has_descriptors(target):
-        config = next((config for limit, config in SEGMENT_LADDER if num_v_heads <= limit), NO_SEGMENTS)
+        ladder = SEGMENT_LADDER
+        if policy == "throughput":
+            ladder = THROUGHPUT_SEGMENT_LADDER if states <= THROUGHPUT_STATES else ()
+        config = next((config for limit, config in ladder if num_v_heads <= limit), NO_SEGMENTS)
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
 
 

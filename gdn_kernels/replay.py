@@ -25,6 +25,8 @@ import torch
 
 _thread = threading.local()
 _reasons: dict[str, str] = {}
+# Of each operator: what its signatures' replays are, and the last one.
+_recorded: list[tuple[dict, list]] = []
 
 # Of an operator: token counts are part of a signature, so a server meets some thousands. Then it starts afresh.
 MAX_SIGNATURES = 8192
@@ -38,6 +40,13 @@ _empty_on_current_device: Callable[..., torch.Tensor] | None = getattr(
 def current() -> Recording | None:
     """The recording under way in this thread."""
     return getattr(_thread, "recording", None)
+
+
+def forget() -> None:
+    """Record every signature afresh: something that decides launches, and is no argument, has changed."""
+    for known, last in _recorded:
+        known.clear()
+        last[0] = (None, None)
 
 
 def reasons() -> dict[str, str]:
@@ -367,7 +376,9 @@ def make(call, record, replayable, known, last, grad_enabled, {", ".join(default
     known: dict[tuple, Callable[..., Any] | None] = {}
     names = [argument.name for argument in parsed.arguments]
     record = functools.partial(_recorder, parsed.name.split("::")[-1], call, known, names, tensors)
-    return _factory(source)(call, record, replayable, known, [(None, None)], torch.is_grad_enabled, **defaults)
+    last: list[tuple[Any, Any]] = [(None, None)]
+    _recorded.append((known, last))
+    return _factory(source)(call, record, replayable, known, last, torch.is_grad_enabled, **defaults)
 
 
 def _recorder(

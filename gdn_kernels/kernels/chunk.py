@@ -18,7 +18,8 @@ A chunk of sequence n has a place in scratch that no other sequence shares, with
 cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
 tokens.
 
-The preparation is in kernels/chunk_prep.py. Left out: splitting one sequence over programs.
+The preparation is in kernels/chunk_prep.py. On Hopper the scan is that of kernels/chunk_hopper.py where it can address
+the tensors, which takes the preparation's inverses and no X and R; only there are sequences split over programs.
 """
 
 import torch
@@ -213,7 +214,7 @@ def _launch(
             final,
             config=launch.config("chunk_hopper_scan", V, count * HV),
             map_config=launch.config("chunk_map", K, V),
-            segments=launch.config("chunk_segments", HV, V, target),
+            segments=launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV),
             cu_seqlens=cu_seqlens,
             count=count,
             read=read,

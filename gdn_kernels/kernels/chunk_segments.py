@@ -146,10 +146,10 @@ def combine_kernel(
 
 def num_maps(count, tokens, cu_seqlens, config):
     """Maps of ``count`` sequences, at most: in ``tokens`` tokens, or each of as many."""
-    if cu_seqlens is not None:
-        return tokens // config.min_tokens
     if tokens < config.long_tokens:
         return 0
+    if cu_seqlens is not None:
+        return tokens // config.min_tokens
     chunks = triton.cdiv(tokens, 64)
     per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
     return count * (triton.cdiv(chunks, per_segment) - 1)
