@@ -53,12 +53,12 @@ def plain_chunk_case(dtype, K, V, H=2, HV=4):
 def segments_case(K, V, tokens=4100, *, has_slots):
     # the chooser cuts nothing but for sm_90: elsewhere its own tile, and as many segments
     config = launch.config("chunk_segments", 8, V, launch.target(torch.device("cpu")))
-    config = dataclasses.replace(config, max_segments=8)
+    config = dataclasses.replace(config, max_segments=8, min_tokens=1024, long_tokens=1024)
     cu_seqlens = torch.tensor([0, tokens, tokens], dtype=torch.int32) if has_slots else None
-    places = chunk_segments.places(2, tokens, cu_seqlens, config)
+    num_maps = chunk_segments.num_maps(2, tokens, cu_seqlens, config)
     chunk_segments.combine(
-        torch.empty(places, 4, V + K, K),
-        torch.empty(places, 4, V, K),
+        torch.empty(num_maps, 4, V + K, K),
+        torch.empty(num_maps, 4, V, K),
         torch.empty(4, 4, V, K) if has_slots else None,
         cu_seqlens=cu_seqlens,
         count=2,

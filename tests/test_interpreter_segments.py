@@ -18,27 +18,31 @@ BUDGET = 1e-6
 LENGTHS = (0, 1, 2048, 63, 5000, 64, 1023, 0, 1024, 1025, 9000, 2047, 3001)
 
 
-def settings(max_segments, min_tokens=1024):
-    return launch.SegmentConfig(max_segments, min_tokens, block_v=32, num_warps=4, num_stages=2)
+def settings(max_segments, min_tokens=1024, long_tokens=None):
+    """Sequences of two shortest segments are long already, where no other bound is named."""
+    long_tokens = 2 * min_tokens if long_tokens is None else long_tokens
+    return launch.SegmentConfig(max_segments, min_tokens, long_tokens, block_v=32, num_warps=4, num_stages=2)
 
 
 def offsets(lengths, first=0):
     return torch.tensor([first, *lengths]).cumsum(0).to(torch.int32)
 
 
-def cut(length, max_segments, min_tokens=1024):
+def cut(length, config):
     """First chunk and number of chunks of every segment of a sequence."""
     chunks = -(-length // 64)
-    segments = max(1, min(max_segments, length // min_tokens))
+    segments = max(1, min(config.max_segments, length // config.min_tokens)) if length >= config.long_tokens else 1
     per_segment = -(-chunks // segments)
     return [(first, min(per_segment, chunks - first)) for first in range(0, chunks, max(1, per_segment))] or [(0, 0)]
 
 
 @triton.jit
-def table_kernel(out_ptr, cu_seqlens_ptr, N: tl.int32, T: tl.int32, MAX: tl.constexpr, MIN: tl.constexpr):
+def table_kernel(
+    out_ptr, cu_seqlens_ptr, N: tl.int32, T: tl.int32, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr
+):
     place = tl.program_id(0).to(tl.int64)
     n, segment, segments, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
-        cu_seqlens_ptr, place, N, T, MAX, MIN
+        cu_seqlens_ptr, place, N, T, MAX, MIN, LONG
     )
     row = out_ptr + place * 8
     tl.store(row, n)
@@ -53,92 +57,121 @@ def table_kernel(out_ptr, cu_seqlens_ptr, N: tl.int32, T: tl.int32, MAX: tl.cons
 
 def table(cu_seqlens, count, tokens, config, extra=0):
     """What ``segment_of`` says of every place, and of ``extra`` more."""
-    places = chunk_segments.places(count, tokens, cu_seqlens, config) + extra
+    places = count + chunk_segments.num_maps(count, tokens, cu_seqlens, config) + extra
     out = torch.full((places, 8), -7, dtype=torch.int64)
-    table_kernel[(places,)](out, cu_seqlens, count, tokens, MAX=config.max_segments, MIN=config.min_tokens)
+    sizes = {"MAX": config.max_segments, "MIN": config.min_tokens, "LONG": config.long_tokens}
+    table_kernel[(places,)](out, cu_seqlens, count, tokens, **sizes)
     return out
 
 
+def check_table(found, lengths, config, cu_seqlens=None):
+    """Every segment is at its place with its facts, those with a map in order; every other place has none."""
+    wanted, number = {}, 0
+    for n, length in enumerate(lengths):
+        parts = cut(length, config)
+        batch, start = (n, 0) if cu_seqlens is None else (0, int(cu_seqlens[n]))
+        rows = [[n, j, len(parts), *part, batch, start, length] for j, part in enumerate(parts)]
+        wanted[n] = rows.pop()
+        if cu_seqlens is not None:
+            number = start // config.min_tokens
+        for row in rows:
+            place = len(lengths) + number
+            assert place not in wanted
+            wanted[place] = row
+            number += 1
+    rows = found.tolist()
+    assert max(wanted) < len(rows)
+    for place, row in enumerate(rows):
+        if place in wanted:
+            assert row == wanted[place], place
+        else:
+            assert 0 <= row[0] < len(lengths) and row[1] == row[2] and row[4] == 0, place
+
+
+# 3001 tokens are long by the second bound, and not by the third
+@pytest.mark.parametrize("long_tokens", [1024, 3001, 3002])
 @pytest.mark.parametrize("max_segments", range(1, 9))
-def test_every_segment_of_a_ragged_batch_has_one_place(max_segments):
-    config = settings(max_segments)
+def test_every_segment_of_a_ragged_batch_has_one_place(max_segments, long_tokens):
+    config = settings(max_segments, long_tokens=long_tokens)
     cu_seqlens = offsets(LENGTHS)
-    found = table(cu_seqlens, len(LENGTHS), int(cu_seqlens[-1]) + 7, config)
-    segments = [row.tolist() for row in found if row[1] < row[2]]
-    wanted = []
-    for n, length in enumerate(LENGTHS):
-        parts = cut(length, max_segments)
-        start = int(cu_seqlens[n])
-        wanted += [[n, j, len(parts), *part, 0, start, length] for j, part in enumerate(parts)]
-        place = start // config.min_tokens + n
-        assert torch.equal(found[place : place + len(parts), 1], torch.arange(len(parts)))
-    assert segments == wanted
-    others = found[found[:, 1] >= found[:, 2]]
-    assert (others[:, 4] == 0).all() and (others[:, 0] < len(LENGTHS)).all()
+    tokens = int(cu_seqlens[-1]) + 7
+    assert chunk_segments.num_maps(len(LENGTHS), tokens, cu_seqlens, config) == tokens // config.min_tokens
+    check_table(table(cu_seqlens, len(LENGTHS), tokens, config, extra=2), LENGTHS, config, cu_seqlens)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("long_tokens", [1024, 3001, 3002])
 @pytest.mark.parametrize("max_segments", [1, 3, 8])
-def test_rows_of_one_length_are_cut_like_a_packed_sequence(length, max_segments):
-    config = settings(max_segments)
-    found = table(None, 3, length, config, extra=2)
-    parts = cut(length, max_segments)
-    wanted = [[n, j, len(parts), *part, n, 0, length] for n in range(3) for j, part in enumerate(parts)]
-    assert [row.tolist() for row in found if row[1] < row[2]] == wanted
-    assert (found[found[:, 1] >= found[:, 2]][:, 4] == 0).all()
+def test_rows_of_one_length_are_cut_like_a_packed_sequence(length, max_segments, long_tokens):
+    config = settings(max_segments, long_tokens=long_tokens)
+    assert chunk_segments.num_maps(3, length, None, config) == 3 * (len(cut(length, config)) - 1)
+    check_table(table(None, 3, length, config, extra=2), (length,) * 3, config)
 
 
 def test_segments_are_whole_chunks_none_of_them_empty():
     # 5 chunks by 4 segments: two each, so three segments; and every chunk is in one
-    assert cut(5 * 64, 4, 64) == [(0, 2), (2, 2), (4, 1)]
+    assert cut(5 * 64, settings(4, 64)) == [(0, 2), (2, 2), (4, 1)]
+    config = settings(8, 64)
     for tokens in range(64 * 20):
-        found = cut(tokens, 8, 64)
+        found = cut(tokens, config)
         assert sum(chunks for _, chunks in found) == -(-tokens // 64) and all(chunks for _, chunks in found if tokens)
-    lengths = (5 * 64, 300, 19 * 64 + 1)
-    found = table(offsets(lengths), 3, sum(lengths), settings(8, 64))
-    wanted = [part for length in lengths for part in cut(length, 8, 64)]
-    assert [tuple(row[3:5].tolist()) for row in found if row[1] < row[2]] == wanted
+        assert (len(found) > 1) is (tokens >= config.long_tokens)
+        assert chunk_segments.num_maps(2, tokens, None, config) == 2 * (len(found) - 1)
+    lengths = (5 * 64, 300, 19 * 64 + 1, 127, 128)
+    cu_seqlens = offsets(lengths)
+    check_table(table(cu_seqlens, len(lengths), sum(lengths), config), lengths, config, cu_seqlens)
+
+
+@pytest.mark.parametrize("min_tokens", [64, 1024])
+def test_segments_back_to_back_do_not_share_a_place(min_tokens):
+    # as many maps as there can be, from every remainder of the first token by min_tokens
+    config = settings(8, min_tokens)
+    for first in (0, 1, min_tokens - 1):
+        lengths = (2 * min_tokens, 2 * min_tokens, 3 * min_tokens - 1, 0, 8 * min_tokens, 2 * min_tokens)
+        cu_seqlens = offsets(lengths, first)
+        check_table(table(cu_seqlens, len(lengths), int(cu_seqlens[-1]), config), lengths, config, cu_seqlens)
 
 
 def test_offsets_that_begin_past_zero():
-    lengths = (2500, 100)
+    lengths, config = (2500, 100), settings(8)
     cu_seqlens = offsets(lengths, first=3000)
-    found = table(cu_seqlens, 2, 6000, settings(8))
-    wanted = [(n, j) for n, length in enumerate(lengths) for j in range(len(cut(length, 8)))]
-    assert [tuple(row[:2].tolist()) for row in found if row[1] < row[2]] == wanted
-    assert (found[:, 1] >= 0).all()
+    check_table(table(cu_seqlens, 2, 6000, config), lengths, config, cu_seqlens)
 
 
-def segment_maps(places, HV, V, K, gates, seed=0):
+def segment_maps(count, HV, V, K, gates, seed=0):
     """B of unit variance; A orthogonal, as reflections make it, with decay or without, or near the identity."""
     random = torch.Generator().manual_seed(seed)
-    square = torch.randn(places, HV, K, K, generator=random, dtype=torch.float64)
+    square = torch.randn(count, HV, K, K, generator=random, dtype=torch.float64)
     A = torch.linalg.qr(square).Q
     if gates == "decay":
-        A = A * torch.rand(places, HV, 1, 1, generator=random, dtype=torch.float64)
+        A = A * torch.rand(count, HV, 1, 1, generator=random, dtype=torch.float64)
     elif gates == "near-identity":
         A = torch.eye(K, dtype=torch.float64) - 0.01 * square / K**0.5
-    B = torch.randn(places, HV, V, K, generator=random, dtype=torch.float64)
+    B = torch.randn(count, HV, V, K, generator=random, dtype=torch.float64)
     return torch.cat([B, A], dim=2).float()
 
 
 def check(
-    lengths, config, gates, *, HV=2, V=64, K=64, initial=None, read=None, known=None, dense=False, pad_slot_id=-1
+    lengths, config, gates, *, HV=2, V=64, K=64, initial=None, read=None, known=None, dense=False, first=0, some=True
 ):
-    """Run ``combine`` and compare every start with fp64; what is not one keeps its NaN."""
+    """Run ``combine`` and compare every start with fp64; what is not one keeps its NaN. ``some``: there is one."""
     count = len(lengths)
-    cu_seqlens = None if dense else offsets(lengths)
-    tokens = lengths[0] if dense else sum(lengths)
-    places = chunk_segments.places(count, tokens, cu_seqlens, config)
-    maps = segment_maps(places, HV, V, K, gates)
-    if not dense:
-        # places of no map hold NaN: a sequence's last segment, and those between sequences
-        used = torch.zeros(places, dtype=torch.bool)
-        for n, length in enumerate(lengths):
-            place = int(cu_seqlens[n]) // config.min_tokens + n
-            used[place : place + len(cut(length, config.max_segments, config.min_tokens)) - 1] = True
-        maps[~used] = torch.nan
-    starts = torch.full((places, HV, V, K), torch.nan)
+    cu_seqlens = None if dense else offsets(lengths, first)
+    tokens = lengths[0] if dense else int(cu_seqlens[-1])
+    parts = [cut(length, config) for length in lengths]
+    if dense:
+        firsts = [n * (len(parts[0]) - 1) for n in range(count)]
+    else:
+        firsts = [int(start) // config.min_tokens for start in cu_seqlens[:-1]]
+    num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, config)
+    maps = segment_maps(num_maps, HV, V, K, gates)
+    # what is no segment's map holds NaN
+    used = torch.zeros(num_maps, dtype=torch.bool)
+    for number, found in zip(firsts, parts, strict=True):
+        used[number : number + len(found) - 1] = True
+    assert used.sum() == sum(len(found) - 1 for found in parts)
+    maps[~used] = torch.nan
+    starts = torch.full((num_maps, HV, V, K), torch.nan)
     chunk_segments.combine(
         maps,
         starts,
@@ -152,25 +185,21 @@ def check(
         config=config,
     )
     wanted = torch.full(starts.shape, torch.nan, dtype=torch.float64)
-    for n, length in enumerate(lengths):
+    for n, number in enumerate(firsts):
         slot = n if read is None else read[n]
         if read is not None and not 0 <= slot < initial.shape[0]:
             continue
         S = torch.zeros(HV, V, K, dtype=torch.float64)
         if initial is not None and (known is None or known[n]):
             S = initial[slot].double()
-        parts = cut(length, config.max_segments, config.min_tokens)
-        if dense:
-            place = n * max(1, min(config.max_segments, tokens // config.min_tokens))
-        else:
-            place = int(cu_seqlens[n]) // config.min_tokens + n
-        for j in range(1, len(parts)):
-            B, A = maps[place + j - 1].double().split([V, K], dim=1)
+        for j in range(len(parts[n]) - 1):
+            B, A = maps[number + j].double().split([V, K], dim=1)
             S = S @ A + B
-            wanted[place + j] = S
+            wanted[number + j] = S
     written = ~wanted.isnan()
     assert torch.equal(~starts.isnan(), written)
-    if written.any():
+    assert bool(written.any()) is some
+    if some:
         assert_close(starts[written], wanted[written], BUDGET, "starts")
 
 
@@ -199,8 +228,19 @@ def test_rows_of_one_length():
     check((5 * 64,) * 3, settings(4, 64), "none", initial=STATES, dense=True)
 
 
+def test_offsets_past_zero_shift_the_maps():
+    check((300, 0, 700), settings(4, 64), "none", initial=STATES, first=200)
+
+
 def test_one_segment_at_most_writes_nothing():
-    check((2000, 64), settings(1, 64), "none", initial=STATES)
+    check((2000, 64), settings(1, 64), "none", initial=STATES, some=False)
+
+
+def test_sequences_below_the_bound_stay_whole():
+    check((320, 319, 700, 64), settings(4, 64, 320), "none", initial=STATES)
+    check((319, 64, 200), settings(4, 64, 320), "none", initial=STATES, some=False)
+    check((320,) * 3, settings(4, 64, 320), "none", initial=STATES, dense=True)
+    check((319,) * 3, settings(4, 64, 320), "none", initial=STATES, dense=True, some=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -218,7 +258,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     config = settings(4, 64)
     lengths = (200, 321, 64)
     cu_seqlens = offsets(lengths)
-    maps = segment_maps(chunk_segments.places(3, sum(lengths), cu_seqlens, config), 2, 64, 64, "none")
+    maps = segment_maps(chunk_segments.num_maps(3, sum(lengths), cu_seqlens, config), 2, 64, 64, "none")
 
     def run(maps, cu_seqlens, initial):
         starts = torch.zeros(maps.shape[0], 2, 64, 64)
@@ -229,8 +269,9 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     together = run(maps, cu_seqlens, STATES)
     for n, length in enumerate(lengths):
-        place, segments = int(cu_seqlens[n]) // 64 + n, len(cut(length, 4, 64))
+        number, of_sequence = int(cu_seqlens[n]) // 64, len(cut(length, config)) - 1
         alone = offsets((length,))
-        part = maps[place : place + chunk_segments.places(1, length, alone, config)]
+        part = maps[number : number + chunk_segments.num_maps(1, length, alone, config)]
         found = run(part, alone, STATES[n : n + 1])
-        assert torch.equal(found[1:segments], together[place + 1 : place + segments])
+        assert (found[:of_sequence] != 0).any() or not of_sequence
+        assert torch.equal(found[:of_sequence], together[number : number + of_sequence])

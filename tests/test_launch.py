@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch, replay
+from gdn_kernels import launch
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -140,7 +140,6 @@ CONFIGS = {
     "no-segments": launch.NO_SEGMENTS,
     **{name: getattr(launch, name) for name in dir(launch) if name.startswith(("HOPPER_SCAN_", "HOPPER_MAP_"))},
     **{f"segments-{limit}": config for limit, config in launch.SEGMENT_LADDER},
-    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
 TYPES = {type(config) for config in CONFIGS.values()}
@@ -207,11 +206,38 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("heads, segments", [(1, 8), (8, 8), (9, 4), (16, 4), (17, 1), (64, 1)])
-def test_few_heads_cut_long_sequences_on_hopper_alone(heads: int, segments: int, target: Target) -> None:
+@pytest.mark.parametrize(
+    "heads, segments, least, long",
+    [(heads, 8, 1024, 8192) for heads in (1, 8)]
+    + [(heads, 4, 4096, 16384) for heads in (9, 16)]
+    + [(heads, 1, 1024, 1024) for heads in (17, 64)],
+)
+def test_few_heads_cut_long_sequences_on_hopper_alone(
+    heads: int, segments: int, least: int, long: int, target: Target
+) -> None:
     config = launch.segment_config(heads, 128, target)
-    assert config.max_segments == (segments if target.arch == 90 else 1)
+    found = config.max_segments, config.min_tokens, config.long_tokens
+    assert found == ((segments, least, long) if target.arch == 90 else (1, 1024, 1024))
     assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
+
+
+# Configurations of the scan in Gluon have 64 rows of the state a part.
+@pytest.mark.parametrize(
+    "head_v_dim, states, parts",
+    [(64, 1, 1), (64, 4096, 1), (128, 1, 1), (128, 66, 1), (128, 67, 2), (128, 4096, 2), (256, 33, 1), (256, 34, 2)],
+)
+def test_narrow_scans_while_each_program_has_an_sm(head_v_dim: int, states: int, parts: int) -> None:
+    config = launch.hopper_scan_config(head_v_dim, states)
+    assert config is {1: launch.HOPPER_SCAN_NARROW, 2: launch.HOPPER_SCAN_WIDE}[parts]
+    assert config.parts == parts and head_v_dim % (64 * parts) == 0
+
+
+@pytest.mark.parametrize("head_v_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_k_dim", HEAD_DIMS)
+def test_programs_of_the_map_pass_divide_values_and_keys(head_k_dim: int, head_v_dim: int) -> None:
+    config = launch.map_config(head_k_dim, head_v_dim)
+    assert config is (launch.HOPPER_MAP_NARROW if 64 in (head_k_dim, head_v_dim) else launch.HOPPER_MAP_WIDE)
+    assert head_k_dim % (64 * config.parts) == head_v_dim % (64 * config.parts) == 0
 
 
 @pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
