@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch
+from gdn_kernels import launch, replay
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -250,9 +250,43 @@ def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     assert config.block_rows * config.block_cols <= 64 * 32 * config.num_warps
 
 
-@pytest.mark.parametrize(("heads", "inverse_heads"), [(1, 1), (16, 1), (17, 4), (64, 4), (128, 4)])
+@pytest.mark.parametrize(("heads", "inverse_heads"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (64, 4), (128, 4)])
 def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_heads: int) -> None:
     assert launch.prep_config(heads).inverse_heads == inverse_heads
+
+
+def test_throughput_looks_at_the_number_of_states() -> None:
+    hopper = Target("cuda", 90)
+    config = launch.segment_config(8, 128, hopper, "throughput", 32)
+    assert (config.max_segments, config.long_tokens) == (8, 4096)
+    assert launch.segment_config(8, 128, hopper, "throughput", 33).max_segments == 1
+    assert launch.segment_config(8, 128, hopper, "invariant", 33) == launch.segment_config(8, 128, hopper)
+    assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
+
+
+def test_a_policy_is_named_and_forgets_what_was_recorded() -> None:
+    with pytest.raises(ValueError, match=r"^policy must be one of invariant, throughput, got 'fast'$"):
+        launch.use_prefill_policy("fast")
+    assert launch.prefill_policy() == "invariant"
+    calls: list[str] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        calls.append(launch.prefill_policy())
+        return x
+
+    run = replay.dispatcher("twice(Tensor x) -> Tensor", call, lambda: True)
+    known, last = replay._recorded[-1]
+    try:
+        known[("a key",)] = call
+        last[0] = (("a key",), call)
+        launch.use_prefill_policy("throughput")
+        assert launch.prefill_policy() == "throughput"
+        assert not known and last == [(None, None)]
+        run(torch.zeros(1))
+        assert calls == ["throughput"]
+    finally:
+        launch.use_prefill_policy("invariant")
+        replay._recorded.pop()
 
 
 def test_a_group_past_the_ladder_names_the_limit() -> None:
@@ -284,7 +318,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 def test_no_chooser_takes_a_token_count() -> None:
     # states: sequences times heads, which a captured plan fixes too
-    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states"}
+    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states", "policy"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
