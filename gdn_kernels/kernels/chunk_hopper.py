@@ -1,16 +1,14 @@
 """The scan of the chunked gated delta rule on Hopper, in Gluon: asynchronous copies and products, a job for each warp.
 
-With Y of the preparation (kernels/chunk_prep.py: beta and inverse norms of k are in it), per head and chunk:
+With Y of the preparation (kernels/chunk_prep.py: gates, beta and inverse norms of k are in it), per head and chunk:
 
     P = scale G * tril(q^ k^T)                                          auxiliary warps
-    W = v - gamma * (k^ S^T),   U = gamma * Y^T (W / gamma)             a warpgroup for each 64 rows of the state
+    W = v - gamma * (k^ S^T),   U = Y^T W                               a warpgroup for each 64 rows of the state
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one. One warp
 copies tiles into shared memory, some chunks ahead; auxiliary warps form P; each state warpgroup holds its 64 rows in
 registers, as fp32 and as operand, everything transposed. Rows have the same bits in either size of program.
-
-Where a chunk decays too much for 1 / gamma, the gates are in Y, and U = Y^T W.
 
 Rows of a tile past the end of the sequence arrive as zeros and are not written: a descriptor's first two dimensions
 shift its base so that its third ends where the sequence does (the addresses wrap at 2^64). So no neighbour's token,
@@ -31,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import chunk_prep, chunk_segments, recurrent
+from gdn_kernels.kernels import chunk_segments, recurrent
 
 CHUNK = 64
 C = gl.constexpr(CHUNK)
@@ -48,7 +46,6 @@ span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
 first_map = gluon.jit(chunk_segments.first_map.fn)
-is_strong = gluon.jit(chunk_prep.is_strong.fn)
 
 
 @gluon.jit
@@ -101,22 +98,10 @@ def loader(
 
 
 @gluon.jit
-def gates_of(factors, layout: gl.constexpr, dtype: gl.constexpr):
-    """What W is multiplied by, and U for the output and for the state."""
-    gates = factors.slice(0, C).load(layout)
-    last = gl.max(factors.slice(C - 1, 1).load(layout), 0)
-    strong = is_strong(last, dtype)
-    before = gl.exp2(gl.where(strong, 0.0, -gates))
-    after = gl.exp2(gl.where(strong, 0.0, gates))
-    decay = gl.exp2(gl.where(strong, last - gates, last))
-    return before, after, decay
-
-
-@gluon.jit
 def auxiliary(
     q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P of each chunk; and what W and U are multiplied by, U once for the output and once for the state."""
+    """P of each chunk, and the decay from each token to the chunk's end."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -132,11 +117,8 @@ def auxiliary(
         gates_i = factors.slice(0, C).load(rows)
         gates_j = factors.slice(0, C).load(columns)
         scale_i = factors.slice(3 * C, C).load(rows)
-        before, after, decay = gates_of(factors, line, p_s.dtype)
-        gates_s = decay_s.index(stage)
-        gates_s.slice(0, C).store(before)
-        gates_s.slice(C, C).store(after)
-        gates_s.slice(2 * C, C).store(decay)
+        last = gl.max(factors.slice(C - 1, 1).load(line), 0)
+        decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
         p = warpgroup_mma_wait(0, [p])
         p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
         p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
@@ -196,52 +178,39 @@ def state(
             if not IS_MAP:
                 store_rows(o_tiles, end, length, row - C, v_column + PART * C, o, o_tile)
         factors = factor_s.index(stage)
+        factor_k = factors.slice(C, C).load(columns)
         v = gl.zeros([C, C], dtype, narrow)
         if has_values:
             v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
-        if IS_MAP:
-            before, after, decay = gates_of(factors, columns, dtype)
-        else:
-            mbarrier.wait(p_ready.index(stage), phase)
-            gates_s = decay_s.index(stage)
         if IS_ALONE and not IS_MAP:
-            factor_k = factors.slice(C, C).load(columns)
-            before = gates_s.slice(0, C).load(columns)
             ks = warpgroup_mma_wait(1, [ks])
         else:
-            # two of them have no registers to load ahead
             ks = warpgroup_mma_wait(0, [ks])
-            factor_k = factors.slice(C, C).load(columns)
-            if not IS_MAP:
-                before = gates_s.slice(0, C).load(columns)
-        w = (v.to(gl.float32) - ks * factor_k[None, :]) * before[None, :]
-        w = gl.convert_layout(w.to(dtype), operand)
+        w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
         u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
         last = gl.max(factors.slice(C - 1, 1).load(columns), 0)
         S = S * gl.exp2(last)
-        if IS_ALONE and not IS_MAP:
+        if IS_MAP:
+            decay = gl.exp2(last - factors.slice(0, C).load(columns))
+        else:
             factor_q = factors.slice(2 * C, C).load(columns)
-            qs = warpgroup_mma_wait(1, [qs])
-            o_sum = qs * factor_q[None, :]
-            after = gates_s.slice(C, C).load(columns)
-            decay = gates_s.slice(2 * C, C).load(columns)
+            if IS_ALONE:
+                qs = warpgroup_mma_wait(1, [qs])
+                o_sum = qs * factor_q[None, :]
+            mbarrier.wait(p_ready.index(stage), phase)
+            decay = decay_s.index(stage).load(columns)
         u = warpgroup_mma_wait(0, [u])
-        if not (IS_ALONE or IS_MAP):
-            decay = gates_s.slice(2 * C, C).load(columns)
         u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
         if IS_MAP:
             S = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
             S = warpgroup_mma_wait(0, [S])
             S_operand = gl.convert_layout(S.to(dtype), operand)
         else:
-            if not IS_ALONE:
-                after = gates_s.slice(C, C).load(columns)
-            u_operand = gl.convert_layout((u * after[None, :]).to(dtype), operand)
+            u_operand = gl.convert_layout(u.to(dtype), operand)
             S_sum = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
             if not IS_ALONE:
                 qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 qs = warpgroup_mma_wait(0, [qs])
-                factor_q = factors.slice(2 * C, C).load(columns)
                 o_sum = qs * factor_q[None, :]
             o_sum = warpgroup_mma(u_operand, p_s.index(stage).permute((1, 0)), o_sum, is_async=True)
             # nothing may be under way where S is rounded but what does not read its operand: ptxas serialises all else
@@ -412,7 +381,7 @@ def hopper_scan_kernel(
         q_s = gl.allocate_shared_memory(dtype, [STAGES, C, K], rows_of_K)
         p_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
         o_s = gl.allocate_shared_memory(dtype, [PARTS, C, C], rows_of_64)
-        decay_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], plain)
+        decay_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], plain)
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=PARTS if IS_MAP else PARTS + 1)

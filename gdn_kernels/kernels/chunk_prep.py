@@ -1,13 +1,10 @@
 """The preparation of the chunked gated delta rule: X, R and the row factors of every chunk.
 
 What they are, and where they lie, is said in kernels/chunk.py. With n_k and n_q the inverse norms of the rows of k and
-q (1 without l2norm), and T0 = (I + L)^-1 diag(beta), which has no gates:
+q (1 without l2norm):
 
-    Y = (diag(n_k) T0)^T, and the row factors                                                         inverse_kernel
-    X = diag(gamma_C / gamma) Y k,   R = (scale n_q) G * (tril(q k^T) Y^T), in the place of Y         product_kernel
-
-A scan may also take Y for T by dividing W by gamma and multiplying by gamma after it. Where a chunk decays too much for
-that, Y = (diag(n_k) G * T0)^T instead: :func:`is_strong` says where, to every kernel.
+    Y = (diag(n_k) T)^T, and the row factors                                                          inverse_kernel
+    X = (Y diag(gamma_C / gamma)) k,   R = (scale n_q (G * (q k^T))) Y^T, in the place of Y           product_kernel
 
 The inverse is a chain of small steps, and warps that wait for each other cost more than its arithmetic. So one warp
 does a chunk alone, on 16x16 blocks. A product there is a b^T of two blocks that lie as results lie: transposed, such
@@ -141,11 +138,23 @@ def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
 
 
 @triton.jit
-def is_strong(total, DTYPE: tl.constexpr):
-    """Whether a chunk that decays by 2^``total`` has its gates in Y: else W / gamma and gamma U stand for them, whose
-    numbers ``DTYPE`` has to hold."""
-    LIMIT: tl.constexpr = -4.0 if DTYPE == tl.float16 else -100.0
-    return total < LIMIT
+def decayed(y, b, m, gate_ptrs):
+    """A block of Y on the diagonal, with ``b`` along rows, ``m`` along columns and G."""
+    o16 = tl.arange(0, BLOCK)
+    rows = tl.load(gate_ptrs + o16)[:, None]
+    columns = tl.load(gate_ptrs + o16)[None, :]
+    # no exponent is positive on or above the diagonal
+    return y * (b * m * tl.exp2(tl.minimum(columns - rows, 0.0)))
+
+
+@triton.jit
+def decayed_from(y, b, m, row_gate_ptrs, gate_ptrs):
+    """The same for a block whose columns are of a later block: from a row to that block's first token, then on."""
+    o16 = tl.arange(0, BLOCK)
+    rows = tl.load(row_gate_ptrs + o16)[:, None]
+    columns = tl.load(gate_ptrs + o16)[None, :]
+    first = tl.load(gate_ptrs)
+    return y * ((b * tl.exp2(first - rows)) * (m * tl.exp2(columns - first)))
 
 
 @triton.jit(do_not_specialize=["N", "T", "heads", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
@@ -302,43 +311,35 @@ def inverse_kernel(
             gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C)
             # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
             y_base = y_ptr + (place * HV + hv0 + each) * (C * C) + tile
-            # all of them before the first store, which loads do not pass
-            b0 = tl.load(gate_ptrs + C + r)
-            b1 = tl.load(gate_ptrs + C + 16 + r)
-            b2 = tl.load(gate_ptrs + C + 32 + r)
-            b3 = tl.load(gate_ptrs + C + 48 + r)
-            c0 = tl.load(gate_ptrs + C + c)
-            c1 = tl.load(gate_ptrs + C + 16 + c)
-            c2 = tl.load(gate_ptrs + C + 32 + c)
-            c3 = tl.load(gate_ptrs + C + 48 + c)
-            g0 = tl.load(gate_ptrs + c)
-            g1 = tl.load(gate_ptrs + 16 + c)
-            g2 = tl.load(gate_ptrs + 32 + c)
-            g3 = tl.load(gate_ptrs + 48 + c)
-            total = tl.load(gate_ptrs + C - 1)
-            L = tl.where(lower, A33 * b3, 0.0)
-            T33, Y33 = inverse_block(L, tl.where(upper, A33 * c3, 0.0), OPERAND)
-            T3_high, T3_low = split(T33 * -c3, OPERAND)
-            y = side_by_side(none, none, none, (Y33 * (b3 * m3)).to(DTYPE))
+            b = tl.load(gate_ptrs + C + 48 + r)
+            b_columns = tl.load(gate_ptrs + C + 48 + c)
+            L = tl.where(lower, A33 * b, 0.0)
+            T33, Y33 = inverse_block(L, tl.where(upper, A33 * b_columns, 0.0), OPERAND)
+            T3_high, T3_low = split(T33 * -b_columns, OPERAND)
+            y = side_by_side(none, none, none, decayed(Y33, b, m3, gate_ptrs + 48).to(DTYPE))
             tl.store(y_base + 48 * C, y)
 
-            L = tl.where(lower, A22 * b2, 0.0)
-            T22, Y22 = inverse_block(L, tl.where(upper, A22 * c2, 0.0), OPERAND)
-            T2_high, T2_low = split(T22 * -c2, OPERAND)
+            b = tl.load(gate_ptrs + C + 32 + r)
+            b_columns = tl.load(gate_ptrs + C + 32 + c)
+            L = tl.where(lower, A22 * b, 0.0)
+            T22, Y22 = inverse_block(L, tl.where(upper, A22 * b_columns, 0.0), OPERAND)
+            T2_high, T2_low = split(T22 * -b_columns, OPERAND)
             Y22_high, Y22_low = split(Y22, OPERAND)
             sums = add_whole_product(zero, Y22_high, Y22_low, A32_high, A32_low)
             Y32 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
                 none,
                 none,
-                (Y22 * (b2 * m2)).to(DTYPE),
-                (Y32 * (b2 * m3)).to(DTYPE),
+                decayed(Y22, b, m2, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y32, b, m3, gate_ptrs + 32, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base + 32 * C, y)
 
-            L = tl.where(lower, A11 * b1, 0.0)
-            T11, Y11 = inverse_block(L, tl.where(upper, A11 * c1, 0.0), OPERAND)
-            T1_high, T1_low = split(T11 * -c1, OPERAND)
+            b = tl.load(gate_ptrs + C + 16 + r)
+            b_columns = tl.load(gate_ptrs + C + 16 + c)
+            L = tl.where(lower, A11 * b, 0.0)
+            T11, Y11 = inverse_block(L, tl.where(upper, A11 * b_columns, 0.0), OPERAND)
+            T1_high, T1_low = split(T11 * -b_columns, OPERAND)
             Y11_high, Y11_low = split(Y11, OPERAND)
             sums = add_whole_product(zero, Y11_high, Y11_low, A21_high, A21_low)
             Y21 = add_product(zero, sums.to(OPERAND), T2_high, T2_low)
@@ -348,14 +349,16 @@ def inverse_kernel(
             Y31 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
                 none,
-                (Y11 * (b1 * m1)).to(DTYPE),
-                (Y21 * (b1 * m2)).to(DTYPE),
-                (Y31 * (b1 * m3)).to(DTYPE),
+                decayed(Y11, b, m1, gate_ptrs + 16).to(DTYPE),
+                decayed_from(Y21, b, m2, gate_ptrs + 16, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y31, b, m3, gate_ptrs + 16, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base + 16 * C, y)
 
-            L = tl.where(lower, A00 * b0, 0.0)
-            _, Y00 = inverse_block(L, tl.where(upper, A00 * c0, 0.0), OPERAND)
+            b = tl.load(gate_ptrs + C + r)
+            b_columns = tl.load(gate_ptrs + C + c)
+            L = tl.where(lower, A00 * b, 0.0)
+            _, Y00 = inverse_block(L, tl.where(upper, A00 * b_columns, 0.0), OPERAND)
             Y00_high, Y00_low = split(Y00, OPERAND)
             sums = add_whole_product(zero, Y00_high, Y00_low, A10_high, A10_low)
             Y10 = add_product(zero, sums.to(OPERAND), T1_high, T1_low)
@@ -369,24 +372,19 @@ def inverse_kernel(
             sums = add_whole_product(sums, Y20_high, Y20_low, A32_high, A32_low)
             Y30 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
-                (Y00 * (b0 * m0)).to(DTYPE),
-                (Y10 * (b0 * m1)).to(DTYPE),
-                (Y20 * (b0 * m2)).to(DTYPE),
-                (Y30 * (b0 * m3)).to(DTYPE),
+                decayed(Y00, b, m0, gate_ptrs).to(DTYPE),
+                decayed_from(Y10, b, m1, gate_ptrs, gate_ptrs + 16).to(DTYPE),
+                decayed_from(Y20, b, m2, gate_ptrs, gate_ptrs + 32).to(DTYPE),
+                decayed_from(Y30, b, m3, gate_ptrs, gate_ptrs + 48).to(DTYPE),
             )
             tl.store(y_base, y)
 
             # no thread reads beta any more
             tl.debug_barrier()
-            tl.store(gate_ptrs + C + c, tl.exp2(g0) * m0)
-            tl.store(gate_ptrs + C + 16 + c, tl.exp2(g1) * m1)
-            tl.store(gate_ptrs + C + 32 + c, tl.exp2(g2) * m2)
-            tl.store(gate_ptrs + C + 48 + c, tl.exp2(g3) * m3)
-            if is_strong(total, DTYPE):
-                for at in tl.static_range(0, C, BLOCK):
-                    gates = tl.load(gate_ptrs + tl.arange(0, C))[None, :] - tl.load(gate_ptrs + at + r)
-                    weak = tl.load(y_base + at * C).to(tl.float32)
-                    tl.store(y_base + at * C, (weak * tl.exp2(tl.minimum(gates, 0.0))).to(DTYPE))
+            tl.store(gate_ptrs + C + c, tl.exp2(tl.load(gate_ptrs + c)) * m0)
+            tl.store(gate_ptrs + C + 16 + c, tl.exp2(tl.load(gate_ptrs + 16 + c)) * m1)
+            tl.store(gate_ptrs + C + 32 + c, tl.exp2(tl.load(gate_ptrs + 32 + c)) * m2)
+            tl.store(gate_ptrs + C + 48 + c, tl.exp2(tl.load(gate_ptrs + 48 + c)) * m3)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -443,19 +441,14 @@ def product_kernel(
             norm_q = tl.load(factor_ptrs + 3 * C + o64)
             total = tl.load(factor_ptrs + C - 1)
 
-            # the gates of R and X before or after the products, as Y has them or not; Y has the inverse norms of k
-            decay = tl.exp2(tl.minimum(gates[:, None] - gates[None, :], 0.0)) * norm_q[:, None]
-            to_end = tl.exp2(total - gates)
-            strong = is_strong(total, y.dtype)
-            p = tl.where(strong, qk * decay, qk)
+            # rows of k keep their length here, because Y has the inverse norms
+            p = qk * tl.exp2(tl.minimum(gates[:, None] - gates[None, :], 0.0)) * norm_q[:, None]
             r = tl.dot(p.to(y.dtype), tl.trans(y))
-            r = tl.where(strong, r, r * decay)
-            left = tl.where(strong, y.to(tl.float32) * to_end[None, :], y.to(tl.float32)).to(y.dtype)
+            left = (y.to(tl.float32) * tl.exp2(total - gates)[None, :]).to(y.dtype)
             for s in tl.static_range(0, K, BLOCK_K):
                 if K > BLOCK_K:
                     k = tl.load(k_base + row * stride_k_t + s + columns, mask=valid, other=0.0)
                 x = tl.dot(left, k)
-                x = tl.where(strong, x, x * to_end[:, None])
                 tl.store(x_ptr + head * (C * K) + row * K + s + columns, x.to(x_ptr.dtype.element_ty))
             # all of Y is read before R takes its place
             tl.debug_barrier()
