@@ -106,7 +106,7 @@ case("segments-64x64-plain")(lambda: segments_case(64, 64, has_slots=False))
 sweep("segments")(lambda T: segments_case(64, 64, T, has_slots=True))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
 # Four value heads a program of the inverses, and on sm_90 programs of 128 rows of the state.
-case("chunk-bf16-128x128-16-of-64")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 16, 64))
+case("chunk-bf16-128x128-32-of-128")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 32, 128))
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))

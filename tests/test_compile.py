@@ -101,7 +101,7 @@ def test_the_quantised_norm_does_the_sums_of_the_norm(case, plain):
 
 
 @pytest.mark.parametrize(
-    "case, parts", [("chunk-bf16-64x64", 1), ("chunk-bf16-128x128", 1), ("chunk-bf16-128x128-16-of-64", 2)]
+    "case, parts", [("chunk-bf16-64x64", 1), ("chunk-bf16-128x128", 1), ("chunk-bf16-128x128-32-of-128", 2)]
 )
 def test_products_on_hopper_run_beside_the_threads(case, parts):
     """All products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""

@@ -87,7 +87,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("decay", [1.0, 3.9, 4.1, 99.0, 101.0, 4000.0])
 def test_chunks_on_either_side_of_strong_decay(dtype, decay):
-    # log2 of what a chunk decays by: with the gates outside Y, or in it; and heads of both kinds side by side
+    # log2 of what a chunk decays by, and heads that decay less beside it
     inputs = delta_inputs((256, 100), H=1, HV=4, K=128, V=128, dtype=dtype, device="cuda", gates="none")
     inputs.g[:] = -decay * 0.6931471805599453 / 64 * torch.tensor([1.0, 0.5, 1.0, 0.01], device="cuda")
     for config in (launch.HOPPER_SCAN_NARROW, launch.HOPPER_SCAN_WIDE):
@@ -102,7 +102,8 @@ def test_chunks_on_either_side_of_strong_decay(dtype, decay):
 
 def test_throughput_leaves_full_batches_whole():
     # 5 sequences of 8 heads: invariant cuts the long one, throughput does not; replays do not outlive the policy
-    inputs = delta_inputs((8192, 1, 1, 1, 1), H=1, HV=8, K=64, V=64, dtype=torch.bfloat16, device="cuda")
+    # (with decay a segment forgets where it started from, and its bits are those of the whole)
+    inputs = delta_inputs((8192, 1, 1, 1, 1), H=1, HV=8, K=64, V=64, dtype=torch.bfloat16, device="cuda", gates="none")
     cut = run(inputs)
     try:
         launch.use_prefill_policy("throughput")
