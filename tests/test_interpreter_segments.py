@@ -275,3 +275,12 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
         found = run(part, alone, STATES[n : n + 1])
         assert (found[:of_sequence] != 0).any() or not of_sequence
         assert torch.equal(found[:of_sequence], together[number : number + of_sequence])
+
+
+def test_no_sequence_and_short_ones_have_no_maps():
+    config = settings(8)
+    offsets_of_none = torch.zeros(1, dtype=torch.int32)
+    assert chunk_segments.num_maps(0, 9000, offsets_of_none, config) == 0
+    assert chunk_segments.num_maps(0, 9000, None, config) == 0
+    assert chunk_segments.num_maps(3, config.long_tokens - 1, offsets((1, 2, 3)), config) == 0
+    assert chunk_segments.num_maps(3, config.long_tokens, offsets((1, 2, 3)), config) > 0

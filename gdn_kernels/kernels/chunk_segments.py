@@ -146,7 +146,7 @@ def combine_kernel(
 
 def num_maps(count, tokens, cu_seqlens, config):
     """Maps of ``count`` sequences, at most: in ``tokens`` tokens, or each of as many."""
-    if tokens < config.long_tokens:
+    if count == 0 or tokens < config.long_tokens:
         return 0
     if cu_seqlens is not None:
         return tokens // config.min_tokens
