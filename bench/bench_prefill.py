@@ -2,8 +2,9 @@
 
     python bench/bench_prefill.py [--only 2/8] [--json FILE]
 
-As the peers were timed: q and k normalised beforehand, fp32 states given and returned, graphs of 5 calls over one set
-of buffers. Correctness is ``bench_chunk.py``'s and the tests'; here what comes out must only be finite.
+Under both policies that long sequences are cut by (``launch.use_prefill_policy``). As the peers were timed: q and k
+normalised beforehand, fp32 states given and returned, graphs of 5 calls over one set of buffers. Correctness is
+``bench_chunk.py``'s and the tests'; here what comes out must only be finite.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import timing
 from cases import DEVICE, ON_GPU, Inputs, lengths
 
 import gdn_kernels
+from gdn_kernels import launch
 
 ROWS = list(peers.PREFILL) if ON_GPU else [(1, 2, "2x100"), (1, 2, "130+5")]
 HEAD_DIM = 128 if ON_GPU else 64
@@ -50,7 +52,10 @@ def row(num_k_heads: int, num_v_heads: int, sequences: str) -> dict[str, Any]:
         facts = {"heads": f"{num_k_heads}/{num_v_heads}", "sequences": sequences, "floor_us": timing.floor_us(moved)}
         facts |= {"peers_us": found, "best_peer_us": min(found.values(), default=None)}
         if ON_GPU:
-            facts["gpu_us"] = timing.graph_us([call], 5)
+            for policy in launch.POLICIES:
+                launch.use_prefill_policy(policy)
+                facts[f"gpu_us_{policy}"] = timing.graph_us([call], 5)
+            launch.use_prefill_policy(launch.POLICIES[0])
     return facts
 
 
@@ -69,22 +74,28 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose heads are these, as 16/64")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     options = parser.parse_args()
-    print(f"{'heads':>6} {'sequences':>11} {'us':>8} {'best':>8} {'best/us':>8} {'fla/us':>8} {'us/floor':>8}")
+    print(f"{'':27}{'invariant':>26}{'throughput':>27}")
+    print(f"{'heads':>6} {'sequences':>11} {'best':>8}" + f" {'us':>8} {'best/us':>8} {'us/floor':>8}" * 2)
     rows = []
     for heads_and_sequences in ROWS:
         if options.only not in ("", "{}/{}".format(*heads_and_sequences)):
             continue
         facts = row(*heads_and_sequences)
         rows.append(facts)
-        us, best, fla = facts.get("gpu_us"), facts["best_peer_us"], facts["peers_us"].get("fla")
-        ratios = [a / us if a and us else None for a in (best, fla)] + [us / facts["floor_us"] if us else None]
-        numbers = "".join(" " * 8 + "-" if x is None else f" {x:8.1f}" for x in (us, best))
-        numbers += "".join(" " * 8 + "-" if x is None else f" {x:8.2f}" for x in ratios)
-        print(f"{facts['heads']:>6} {facts['sequences']:>11}{numbers}", flush=True)
-    for who in ("best_peer_us", "fla"):
-        each = [(r["best_peer_us"] if who == "best_peer_us" else r["peers_us"].get(who), r.get("gpu_us")) for r in rows]
-        found = [peer / us for peer, us in each if peer and us]
-        print(f"geometric mean of {who.removesuffix('_us')} / ours over {len(found)} rows: {geometric_mean(found):.2f}")
+        best, numbers = facts["best_peer_us"], ""
+        for policy in launch.POLICIES:
+            us = facts.get(f"gpu_us_{policy}")
+            ratio = best / us if best and us else None
+            each = ((us, ".1f"), (ratio, ".2f"), (us and us / facts["floor_us"], ".2f"))
+            numbers += "".join(f" {'-' if x is None else format(x, how):>8}" for x, how in each)
+        print(f"{facts['heads']:>6} {facts['sequences']:>11} {best or '-':>8}{numbers}", flush=True)
+    for policy in launch.POLICIES:
+        for who in ("best_peer", "fla"):
+            peer = [r["best_peer_us"] if who == "best_peer" else r["peers_us"].get(who) for r in rows]
+            ours = [r.get(f"gpu_us_{policy}") for r in rows]
+            found = [a / b for a, b in zip(peer, ours, strict=True) if a and b]
+            mean = geometric_mean(found)
+            print(f"{policy}: geometric mean of {who} / ours over {len(found)} rows: {mean:.3f}")
     if options.json:
         options.json.write_text(json.dumps({**timing.versions(), "rows": rows}, indent=1))
 

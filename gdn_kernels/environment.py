@@ -15,6 +15,8 @@ import gdn_kernels.replay
 SPLIT_POINT = "linear_attention_with_output"
 #: How the names of operators end that write e4m3, which not every GPU has.
 FP8 = "_fp8"
+#: How the names of operators begin that prefill in chunks.
+CHUNKED = "chunk_"
 
 
 def operator_names() -> list[str]:
@@ -68,6 +70,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def prefill_scan(target: gdn_kernels.launch.Target) -> str:
+    """Which scan chunked prefill uses on ``target``, and how it cuts long sequences."""
+    if not gdn_kernels.launch.has_descriptors(target):
+        return "the scan is the portable one in Triton"
+    policy = gdn_kernels.launch.prefill_policy()
+    return f"the scan is Hopper's in Gluon where TMA can address the tensors, policy {policy}; else the portable one"
+
+
 def implementation(operator: str, device: torch.device) -> dict[str, str]:
     """Which implementation ``operator`` uses for tensors on ``device``: ``reference``, ``triton`` or ``none``, and why.
 
@@ -95,6 +105,8 @@ def implementation(operator: str, device: torch.device) -> dict[str, str]:
         if operator != SPLIT_POINT:
             failed = gdn_kernels.replay.reasons().get(operator)
             why += f"; ordinary launches: {failed}" if failed else "; recorded calls are replayed"
+        if operator.startswith(CHUNKED):
+            why += f"; {prefill_scan(target)}"
     if operator == SPLIT_POINT:
         why += "; it runs convolution and delta-rule operators"
     return {"implementation": name, "why": why}

@@ -139,6 +139,11 @@ def has_fp8(target: Target) -> bool:
     return target.backend == "interpreter" or target.arch == "gfx950"
 
 
+def has_descriptors(target: Target) -> bool:
+    """Whether kernels for ``target`` can take a :func:`descriptor`: those written in Gluon for Hopper, so far."""
+    return target.backend == "cuda" and target.arch == 90
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configurations: frozen data, picked by pure functions from ladders
 # ---------------------------------------------------------------------------------------------------------------
@@ -199,8 +204,11 @@ class StepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
+    """Chunk preparation, two kernels: ``inverse_heads`` value heads of a chunk a program of one warp for the inverses
+    by blocks, then ``heads`` a program for the products. Fewer where those of a key head do not divide by it."""
 
+    inverse_heads: int
+    heads: int
     num_warps: int
     num_stages: int = 1
 
@@ -212,6 +220,31 @@ class ScanConfig:
     block_v: int
     num_warps: int
     num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperScanConfig:
+    """Chunk recurrence in Gluon: ``parts`` warpgroups a program, each with 64 rows of one head's ``[V, K]`` state;
+    ``stages`` chunks in shared memory; registers a thread of the state and of the auxiliary warps."""
+
+    parts: int
+    stages: int
+    state_registers: int
+    auxiliary_registers: int
+    num_warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """Segments of a sequence of ``long_tokens`` or more: at most ``max_segments``, each of at least ``min_tokens``; 1
+    leaves sequences whole. Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+
+    max_segments: int
+    min_tokens: int
+    long_tokens: int
+    block_v: int = 16
+    num_warps: int = 8
+    num_stages: int = 3
 
 
 # Largest group size -> tile; a row of more than 8,192 elements is walked in tiles of that. The rung of 128 is searched:
@@ -294,13 +327,15 @@ def step_config(head_k_dim: int, head_v_dim: int, target: Target) -> StepConfig:
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim), num_warps=num_warps)
 
 
-# Architecture -> warps of the chunk preparation. H100, 2026-11-23, whole prefill in us, heads 2/8 1x8192, 8/32 8x1024,
-# 16/64 1x8192: 4 warps 472, 427, 807; 8 warps 508, 606, 1158; 2 warps 490, 482, 919. Elsewhere what spills least.
-PREP_LADDER = {
-    90: PrepConfig(num_warps=4),
-    "cuda": PrepConfig(num_warps=8),
-    "hip": PrepConfig(num_warps=4),
-}
+# Value heads -> configuration; the last serves more of them too. Few heads make few programs, which want one each; many
+# want a key head's products shared. Bits do not depend on it. K = V = 128, H100, 2026-11-23, us for heads 2/8 1x2048,
+# 2/8 1x8192, 8/32 8x1024, 16/64 1x8192: inverses of 4 heads a program 15.2, 17.8, 29, 60; 2 heads 9.4, 11.8, 40, 64;
+# 1 head 6.5, 11.1, 43, 83; products of 4 heads 8.2, 13.1, 66, 130; 2 heads 6.1, 15, 72, 140; 1 head 5.2, 15.4, 64, 128.
+PREP_LADDER = (
+    (8, PrepConfig(inverse_heads=1, heads=1, num_warps=4)),
+    (16, PrepConfig(inverse_heads=2, heads=1, num_warps=4)),
+    (64, PrepConfig(inverse_heads=4, heads=1, num_warps=4)),
+)
 
 # Architecture, head size K -> state rows a program. H100, 2026-11-23, K = V = 128, the same cases with 8 warps in the
 # preparation: 32 rows, 4 warps, 2 stages 363, 583, 1095; 3 stages 357, 680, 1289; 64 rows, 4 warps, 2 stages 509, 607,
@@ -331,9 +366,9 @@ def _family(target: Target, ladder: dict[Any, Any]) -> Any:
     return ladder["hip" if target.backend == "hip" else "cuda"]
 
 
-def prep_config(target: Target) -> PrepConfig:
-    """Chunk preparation: one chunk and value head a program."""
-    return _family(target, PREP_LADDER)
+def prep_config(num_v_heads: int) -> PrepConfig:
+    """Chunk preparation: the rung for HV value heads."""
+    return next((config for limit, config in PREP_LADDER if num_v_heads <= limit), PREP_LADDER[-1][1])
 
 
 def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
@@ -343,6 +378,81 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
         if head_k_dim <= limit:
             return config
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
+
+
+# The scan in Gluon, for a state of 64 and of 128 rows a program; and its map pass, which has no auxiliary warps.
+HOPPER_SCAN_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=96)
+HOPPER_SCAN_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=192, auxiliary_registers=88)
+HOPPER_MAP_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=0)
+HOPPER_MAP_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=232, auxiliary_registers=0)
+# SMs that a narrow program each may fill; a 64th row's bits are the same in either program.
+HOPPER_SMS = 132
+
+
+def hopper_scan_config(head_v_dim: int, states: int) -> HopperScanConfig:
+    """The scan in Gluon for ``states`` states of V rows: narrow programs while each has an SM of its own."""
+    narrow = head_v_dim % 128 != 0 or states * (head_v_dim // 64) <= HOPPER_SMS
+    return HOPPER_SCAN_NARROW if narrow else HOPPER_SCAN_WIDE
+
+
+def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
+    """The map pass of segments: its programs hold rows with values or rows without, never both."""
+    return HOPPER_MAP_NARROW if head_k_dim % 128 or head_v_dim % 128 else HOPPER_MAP_WIDE
+
+
+# Value heads -> segments of a long sequence; more heads fill the GPU by themselves. Only the scan of sm_90 walks
+# segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4. K = V = 128,
+# H100, 2026-11-23, us of map pass, joining and scan, beside the scan alone: heads 2/8 1x8192 25, 20, 29 in 8 segments,
+# 169; 1x32768 85, 21, 102, 661; 8x4096 75, 42, 111 in 4 segments, 96; 4/16 1x8192 44, 11, 53 in 4 segments, 169;
+# 1x32768 163, 11, 200, 661; 4x8192 137, 40, 204, 182; 8/32 1x32768 292, 21, 376 in 4 segments, 652.
+SEGMENT_LADDER = (
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192)),
+    (16, SegmentConfig(max_segments=4, min_tokens=4096, long_tokens=16384)),
+)
+# The same where the number of sequences may be looked at, for at most so many states (sequences times value heads).
+THROUGHPUT_SEGMENT_LADDER = (
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096)),
+    (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192)),
+)
+THROUGHPUT_STATES = 32
+NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)
+
+POLICIES = ("invariant", "throughput")
+_policy = POLICIES[0]
+
+
+def prefill_policy() -> str:
+    """The policy that long sequences are cut by: see :func:`use_prefill_policy`."""
+    return _policy
+
+
+def use_prefill_policy(policy: str) -> None:
+    """Cut long sequences by ``policy`` from the next call on, in the whole process.
+
+    ``invariant``, the default: by a sequence's own length and static facts, so that its bits are the same alone and in
+    any batch. ``throughput``: also by the number of sequences that the call has offsets for (in a captured graph, the
+    same in every replay), so that a batch that fills the GPU is left whole; cutting changes the rounding.
+
+    Raises ValueError for another name. Graphs that are already captured keep what they were captured with.
+    """
+    global _policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+    _policy = policy
+    replay.forget()
+
+
+def segment_config(
+    num_v_heads: int, head_v_dim: int, target: Target, policy: str = POLICIES[0], states: int = 0
+) -> SegmentConfig:
+    """How long sequences are cut into segments; ``states``, sequences times heads, matters to ``throughput`` alone."""
+    config = NO_SEGMENTS
+    if has_descriptors(target):
+        ladder = SEGMENT_LADDER
+        if policy == "throughput":
+            ladder = THROUGHPUT_SEGMENT_LADDER if states <= THROUGHPUT_STATES else ()
+        config = next((config for limit, config in ladder if num_v_heads <= limit), NO_SEGMENTS)
+    return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
 
 
 # Programmatic dependent launch: a kernel starts while its predecessor ends, and waits for that end before its first
@@ -373,6 +483,9 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
+    "chunk_hopper_scan": hopper_scan_config,
+    "chunk_map": map_config,
+    "chunk_segments": segment_config,
 }
 _pins: dict[str, Any] = {}
 
@@ -385,6 +498,11 @@ def _choose(kernel: str, facts: tuple) -> Any:
 def config(kernel: str, *facts: Any) -> Any:
     """The configuration of ``kernel`` for static ``facts``, or the pinned one."""
     return _pins[kernel] if kernel in _pins else _choose(kernel, facts)
+
+
+def is_pinned(kernel: str) -> bool:
+    """Whether ``kernel``'s configuration is pinned: it is then taken where there is a choice of kernels, too."""
+    return kernel in _pins
 
 
 @contextlib.contextmanager
@@ -415,7 +533,9 @@ _compiled: list[tuple[str, Any]] | None = None
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: bool = True, **constexprs: Any) -> None:
-    """Launch ``kernel`` on the device of its first tensor argument; an empty grid launches nothing.
+    """Launch ``kernel`` on the device of its first tensor or descriptor; an empty grid launches nothing.
+
+    Gluon's kernels take the options of Triton's. Their stages are their own: a configuration need not name a number.
 
     FP fusion is pinned, because bits depend on it and Triton's default is about to change. Without it, two kernels of
     the same source have the same bits: which of two products a sum is fused with is the compiler's choice.
@@ -423,15 +543,18 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
     if 0 in grid:
         return
     _kernels[kernel.__name__] = kernel
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": fp_fusion}
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": fp_fusion}
+    if hasattr(config, "num_stages"):
+        options["num_stages"] = config.num_stages
+    bases = (getattr(arg, "base", arg) for arg in args)
+    device = next(base.device for base in bases if isinstance(base, torch.Tensor))
     if "PDL" in kernel.arg_names:
-        constexprs["PDL"] = has_pdl(target(args[0].device))
+        constexprs["PDL"] = has_pdl(target(device))
         if constexprs["PDL"]:  # not an option of every backend
             options["launch_pdl"] = True
     if _compiled is not None:
         _compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **constexprs, **options)))
         return
-    device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             compiled = kernel[grid](*args, **constexprs, **options)
@@ -459,6 +582,16 @@ def view(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     if recording is not None:
         recording.viewed(tensor, base)
     return tensor
+
+
+def descriptor(base: torch.Tensor, shape: Any, strides: Any, block_shape: Any, layout: Any) -> Any:
+    """Gluon's tensor descriptor, an argument of a kernel that loads and stores blocks with TMA.
+
+    ``base`` is an argument of the operator, what :func:`empty` gave, or a :func:`view` of one of them.
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(base, list(shape), list(strides), list(block_shape), layout)
 
 
 def replayable() -> bool:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _thread = threading.local()
 _reasons: dict[str, str] = {}
+# Of each operator: what its signatures' replays are, and the last one.
+_recorded: list[tuple[dict, list]] = []
 
 # Of an operator: token counts are part of a signature, so a server meets some thousands. Then it starts afresh.
 MAX_SIGNATURES = 8192
@@ -40,6 +42,13 @@ def current() -> Recording | None:
     return getattr(_thread, "recording", None)
 
 
+def forget() -> None:
+    """Record every signature afresh: something that decides launches, and is no argument, has changed."""
+    for known, last in _recorded:
+        known.clear()
+        last[0] = (None, None)
+
+
 def reasons() -> dict[str, str]:
     """Operator -> why one of its calls could not be recorded; empty where all could."""
     return dict(_reasons)
@@ -49,7 +58,39 @@ def reasons() -> dict[str, str]:
 # Recording a call
 # ---------------------------------------------------------------------------------------------------------------
 
-Patch = tuple[int, int, int]  # position among a launch's arguments, number of the pointer, bytes past it
+
+class Patch(NamedTuple):
+    """An argument of a launch that holds a pointer: as it is, or in what ``make`` makes of it and ``constants``."""
+
+    position: int
+    number: int
+    offset: int  # bytes past the pointer of that number
+    make: Callable[..., Any] | None = None
+    constants: tuple = ()
+
+
+class Descriptor:
+    """What Triton's launcher reads of a tensor descriptor: made for one launch, and its own base."""
+
+    __slots__ = ("padding", "pointer", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, pointer: int, shape: tuple, strides: tuple, padding: str, round_f32_to_tf32: bool) -> None:
+        self.pointer = pointer
+        self.shape = shape
+        self.strides = strides
+        self.padding = padding
+        self.round_f32_to_tf32 = round_f32_to_tf32
+
+    @property
+    def base(self) -> Descriptor:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def _is_descriptor(argument: Any) -> bool:
+    return hasattr(argument, "base") and hasattr(argument, "block_shape")
 
 
 class Recording:
@@ -64,7 +105,7 @@ class Recording:
         self.sources = {id(tensor): (number, 0) for number, tensor in enumerate(inputs) if tensor is not None}
         self.num_inputs = len(inputs)
         self.allocations: list[tuple[torch.Tensor, bool]] = []
-        self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[Patch]]] = []
+        self.launches: list[tuple[Any, tuple[int, int, int], list[Any], list[Patch]]] = []
         self.failure: str | None = None
 
     def __enter__(self) -> Recording:
@@ -88,12 +129,24 @@ class Recording:
         template: list[Any] = list(arguments)
         patches = []
         for position, argument in enumerate(arguments):
-            if isinstance(argument, torch.Tensor):
-                if id(argument) not in self.sources:
-                    self.failure = f"argument {position} of a launch is neither an argument nor an allocation"
+            made: tuple = ()
+            tensor = argument
+            if _is_descriptor(argument):
+                if hasattr(argument, "pixel_box_lower_corner"):
+                    self.failure = f"argument {position} of a launch is an im2col descriptor"
                     return
-                patches.append((position, *self.sources[id(argument)]))
-                template[position] = None  # a replay must not keep the recorded call's tensors alive
+                shape, strides = tuple(argument.shape), tuple(argument.strides)
+                rounding = getattr(argument, "round_f32_to_tf32", False)  # not in Triton 3.6
+                made = (Descriptor, (shape, strides, argument.padding, rounding))
+                tensor = argument.base
+            elif not isinstance(argument, torch.Tensor):
+                continue
+            if id(tensor) not in self.sources:
+                what = "the base of argument" if made else "argument"
+                self.failure = f"{what} {position} of a launch is neither an argument nor an allocation"
+                return
+            patches.append(Patch(position, *self.sources[id(tensor)], *made))
+            template[position] = None  # a replay must not keep the recorded call's tensors alive
         self.launches.append((compiled, (*grid, 1, 1)[:3], template, patches))
 
     def replay(self, result: Any) -> Callable[..., Any] | None:
@@ -111,7 +164,7 @@ class Recording:
             shapes[number - self.num_inputs] = tensor
             made.append(number - self.num_inputs)
         try:
-            starts = [(*_start(compiled, grid), *rest) for compiled, grid, *rest in self.launches]
+            starts = [_start(*launch) for launch in self.launches]
         except AttributeError as error:
             self.failure = f"compiled kernels of this Triton differ: {error}"
         if self.failure is not None:
@@ -131,8 +184,8 @@ class Recording:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _start(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., None], tuple, tuple]:
-    """What launches ``compiled``, and the arguments before and after the stream; the kernel's own follow them.
+def _start(compiled: Any, grid: tuple[int, int, int], template: list[Any], patches: list[Patch]) -> tuple:
+    """What launches ``compiled``, the arguments before and after the stream, and the kernel's own, which follow them.
 
     Raises AttributeError where compiled kernels of this Triton are made otherwise.
     """
@@ -142,8 +195,44 @@ def _start(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., None], t
         # Triton 3.6: its __call__ only adds the scratch memory of kernels that need some, in 1 us
         if run.global_scratch_size == run.profile_scratch_size == 0:
             flags = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-            return run.launch, grid, (function, *flags, metadata, *hooks)
-    return run, grid, (function, metadata, *hooks)
+            launch, *own = _expanded(run.launch, template, patches) or (run.launch, template, patches)
+            return launch, grid, (function, *flags, metadata, *hooks), *own
+    return run, grid, (function, metadata, *hooks), template, patches
+
+
+def _expanded(launch: Any, template: list[Any], patches: list[Patch]) -> tuple[Any, list[Any], list[Patch]] | None:
+    """Triton 3.6's launcher in C and the arguments it takes, where ``launch`` is the loop in Python that puts a tensor
+    map, a shape and strides in each descriptor's place; None where there are no descriptors, or where it is another."""
+    by_position = {patch.position: patch for patch in patches}
+    descriptors = [position for position, patch in by_position.items() if patch.make is Descriptor]
+    try:
+        known = dict(zip(launch.__code__.co_freevars, (cell.cell_contents for cell in launch.__closure__), strict=True))
+        launcher, metas = known["launcher"], dict(zip(descriptors, known["tensordesc_meta"], strict=True))
+        names = launch.__globals__
+        fills = names["make_tensordesc_arg"].__code__
+        fill = names["triton"].runtime.driver.active.utils.fill_tma_descriptor
+        if set(descriptors) != known["tensordesc_indices"] or "padding" not in fills.co_varnames:
+            return None
+        arguments: list[Any] = []
+        moved = []
+        for position, value in enumerate(template):
+            here = len(arguments)
+            arguments.append(value)
+            if position not in by_position:
+                continue
+            patch = by_position[position]._replace(position=here)
+            if patch.make is Descriptor:
+                meta, (shape, strides, padding, _) = metas[position], patch.constants
+                if meta["fp4_padded"] or strides[-1] != 1:
+                    return None
+                kind = names["TMA_DTYPE_DEVICE_TO_HOST"][meta["elem_type"]]
+                encoding = meta["swizzle"], meta["elem_size"], kind, tuple(meta["block_size"])
+                patch = patch._replace(make=fill, constants=(*encoding, shape, strides, int(padding == "nan")))
+                arguments += shape + strides
+            moved.append(patch)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return launcher, arguments, moved
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +273,7 @@ def _written(num_inputs: int, device: int, allocations: list, launches: list, re
         "empty": _empty_on_current_device or _empty,
     }
     pointers = [f"p{number}" for number in range(num_inputs)]
-    used = {number for *_, patches in launches for _, number, _ in patches}
+    used = {patch.number for *_, patches in launches for patch in patches}
     lines = []
     for i, (shape, stride, dtype, zero) in enumerate(allocations):
         constants |= {f"shape{i}": shape, f"stride{i}": stride, f"dtype{i}": dtype}
@@ -202,11 +291,17 @@ def _written(num_inputs: int, device: int, allocations: list, launches: list, re
                 arguments[position] = f"c{i}_{position}"
                 constants[f"c{i}_{position}"] = value
         arguments[len(before)] = "stream"
-        for position, number, offset in patches:
-            position += len(before) + 1 + len(after)
-            arguments[position] = f"{pointers[number]} + c{i}_{position}" if offset else pointers[number]
+        for own, number, offset, make, made_of in patches:
+            position = own + len(before) + 1 + len(after)
+            pointer = pointers[number]
             if offset:
+                pointer += f" + c{i}_{position}"
                 constants[f"c{i}_{position}"] = offset
+            if make is not None:
+                given = {f"c{i}_{position}_{j}": value for j, value in enumerate(made_of)}
+                constants |= {f"make{i}_{position}": make, **given}
+                pointer = f"make{i}_{position}({', '.join((pointer, *given))})"
+            arguments[position] = pointer
         constants[f"start{i}"] = start
         lines.append(f"start{i}({', '.join(arguments)})")
     inputs = ", ".join(pointers[:num_inputs])
@@ -281,7 +376,9 @@ def make(call, record, replayable, known, last, grad_enabled, {", ".join(default
     known: dict[tuple, Callable[..., Any] | None] = {}
     names = [argument.name for argument in parsed.arguments]
     record = functools.partial(_recorder, parsed.name.split("::")[-1], call, known, names, tensors)
-    return _factory(source)(call, record, replayable, known, [(None, None)], torch.is_grad_enabled, **defaults)
+    last: list[tuple[Any, Any]] = [(None, None)]
+    _recorded.append((known, last))
+    return _factory(source)(call, record, replayable, known, last, torch.is_grad_enabled, **defaults)
 
 
 def _recorder(

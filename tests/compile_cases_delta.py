@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
 import torch
-from compile_cases import COMPILE_CASES, SPILL_BUDGET, case
+from compile_cases import COMPILE_CASES, SPILL_BUDGET, case, sweep
 from delta_cases import delta_inputs
 
-from gdn_kernels.kernels import chunk, decode, recurrent
+from gdn_kernels import launch
+from gdn_kernels.kernels import chunk, chunk_segments, decode, recurrent
 
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -43,9 +45,29 @@ def chunk_case(dtype, K, V):
     )
 
 
-def plain_chunk_case(dtype, K, V):
-    inputs = delta_inputs((2,), H=2, HV=4, K=K, V=V, dtype=dtype)
+def plain_chunk_case(dtype, K, V, H=2, HV=4):
+    inputs = delta_inputs((2,), H=H, HV=HV, K=K, V=V, dtype=dtype)
     chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
+
+
+def segments_case(K, V, tokens=4100, *, has_slots):
+    # the chooser cuts nothing but for sm_90: elsewhere its own tile, and as many segments
+    config = launch.config("chunk_segments", 8, V, launch.target(torch.device("cpu")))
+    config = dataclasses.replace(config, max_segments=8, min_tokens=1024, long_tokens=1024)
+    cu_seqlens = torch.tensor([0, tokens, tokens], dtype=torch.int32) if has_slots else None
+    num_maps = chunk_segments.num_maps(2, tokens, cu_seqlens, config)
+    chunk_segments.combine(
+        torch.empty(num_maps, 4, V + K, K),
+        torch.empty(num_maps, 4, V, K),
+        torch.empty(4, 4, V, K) if has_slots else None,
+        cu_seqlens=cu_seqlens,
+        count=2,
+        tokens=tokens,
+        read=_slots(2) if has_slots else None,
+        has_initial_state=torch.ones(2, dtype=torch.bool) if has_slots else None,
+        pad_slot_id=-1,
+        config=config,
+    )
 
 
 def recurrent_case(state_dtype, K, V, rounding_seed=None):
@@ -79,7 +101,12 @@ def decode_case(state_dtype, K, V, rounding_seed=None):
 
 for dtype, (K, V) in itertools.product((torch.bfloat16,), ((64, 64), (128, 128), (256, 256))):
     case(f"chunk-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: chunk_case(dtype, K, V))
+case("segments-128x128")(lambda: segments_case(128, 128, has_slots=True))
+case("segments-64x64-plain")(lambda: segments_case(64, 64, has_slots=False))
+sweep("segments")(lambda T: segments_case(64, 64, T, has_slots=True))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
+# Four value heads a program of the inverses, and on sm_90 programs of 128 rows of the state.
+case("chunk-bf16-128x128-32-of-128")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 32, 128))
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))

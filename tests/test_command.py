@@ -214,3 +214,9 @@ def test_without_a_path_the_text_is_the_readme() -> None:
     label, text = demo.read_text(None)
     assert "README.md" in label
     assert text.startswith(b"# gdn-kernels")
+
+
+def test_env_says_which_scan_prefill_uses() -> None:
+    hopper, other = gdn_kernels.launch.Target("cuda", 90), gdn_kernels.launch.Target("cuda", 80)
+    assert "Gluon" in environment.prefill_scan(hopper) and "policy invariant" in environment.prefill_scan(hopper)
+    assert environment.prefill_scan(other) == "the scan is the portable one in Triton"

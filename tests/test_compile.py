@@ -100,6 +100,19 @@ def test_the_quantised_norm_does_the_sums_of_the_norm(case, plain):
     assert quantised["fma"] == 2 * (quantised["mul"] - norm["mul"])
 
 
+@pytest.mark.parametrize(
+    "case, parts", [("chunk-bf16-64x64", 1), ("chunk-bf16-128x128", 1), ("chunk-bf16-128x128-32-of-128", 2)]
+)
+def test_products_on_hopper_run_beside_the_threads(case, parts):
+    """All products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""
+    scan = [binary for binary in binaries(("cuda", 90), case) if binary.kernel == "hopper_scan_kernel"][-1]
+    key_steps, chunk_steps = (4 if "64x64" in case else 8), 4
+    # two products with the state's operand, three with a chunk's, in each part; and P
+    assert scan.asm.count("wgmma.mma_async") == parts * (2 * key_steps + 3 * chunk_steps) + key_steps
+    log = triton_support.ptxas_log(scan.asm, 90)
+    assert "serialized" not in log, log
+
+
 @pytest.mark.parametrize("sweep", registry.SWEEP_CASES)
 def test_one_binary_serves_every_token_count(sweep):
     swept = triton_support.compile_target(triton_support.SWEEP_TARGET).sweeps[sweep]

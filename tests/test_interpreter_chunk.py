@@ -14,9 +14,25 @@ from delta_cases import (
     oracle,
 )
 
+from gdn_kernels import launch
 from gdn_kernels.kernels import chunk
 
 pytestmark = pytest.mark.interpreter
+
+# One value head a program of the preparation, and several; the scan does not depend on it.
+PAIRS = {
+    "alone": (launch.PrepConfig(1, 1, 4), launch.ScanConfig(32, 4, 2)),
+    "shared": (launch.PrepConfig(4, 4, 4), launch.ScanConfig(64, 4, 3)),
+}
+
+
+@pytest.fixture(autouse=True, params=PAIRS)
+def pair(request):
+    """Every test runs with either pair."""
+    preparation, scan = PAIRS[request.param]
+    with launch.pinned("chunk_prep", preparation), launch.pinned("chunk_scan", scan):
+        yield request.param
+
 
 # fp32 products and sums over at most 130 tokens; the states grow by rounding of each chunk's inverse.
 FP32_BUDGET = 5e-6
@@ -110,6 +126,16 @@ def test_equal_lengths_in_a_batch_match_the_packed_form():
     packed_o, packed_state = run(packed, initial_state=packed.initial_state)
     assert torch.equal(o.flatten(0, 1), packed_o[0])
     assert torch.equal(state, packed_state)
+
+
+def test_rows_that_do_not_start_on_16_bytes():
+    inputs = delta_inputs((70, 3))
+    for name in ("q", "k", "v"):
+        x = getattr(inputs, name)
+        wide = torch.full((*x.shape[:2], x[0, 0].numel() + 1), torch.nan)
+        wide[..., 1:] = x.flatten(2)
+        setattr(inputs, name, wide[..., 1:].view(x.shape))
+    check(inputs, initial_state=inputs.initial_state)
 
 
 def test_no_tokens_and_no_sequences():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 import threading
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdn_kernels
-from gdn_kernels import launch
+from gdn_kernels import launch, replay
 from gdn_kernels.launch import Target
 
 TARGETS = [
@@ -128,6 +129,7 @@ LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
     "step": launch.STEP_LADDER,
+    "prep": launch.PREP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
 }
 CONFIGS = {
@@ -135,7 +137,9 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
-    **{f"prep-{family}": config for family, config in launch.PREP_LADDER.items()},
+    "no-segments": launch.NO_SEGMENTS,
+    **{name: getattr(launch, name) for name in dir(launch) if name.startswith(("HOPPER_SCAN_", "HOPPER_MAP_"))},
+    **{f"segments-{limit}": config for limit, config in launch.SEGMENT_LADDER},
     **{f"{name}-{limit}": config for name, ladder in LADDERS.items() for limit, config in ladder},
 }
 TYPES = {type(config) for config in CONFIGS.values()}
@@ -167,6 +171,10 @@ def test_a_rung_is_well_formed(name: str) -> None:
         assert isinstance(value, int)
         if field.name == "num_stages":
             assert 1 <= value <= 4
+        elif "registers" in field.name:
+            assert value % 8 == 0 and value <= 256
+        elif field.name == "stages":
+            assert 2 <= value <= 4
         else:
             assert power_of_two(value), f"{field.name} = {value}"
     assert 1 <= config.num_warps <= 16
@@ -178,7 +186,7 @@ def test_the_limits_of_a_ladder_rise(name: str) -> None:
     assert limits == sorted(set(limits)) and all(map(power_of_two, limits))
 
 
-@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step")])
+@pytest.mark.parametrize("name", [name for name in LADDERS if name not in ("norm", "step", "prep")])
 def test_a_ladder_covers_every_head_size(name: str) -> None:
     assert tuple(limit for limit, _ in LADDERS[name]) == HEAD_DIMS
     for limit, config in LADDERS[name]:
@@ -197,6 +205,41 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
     assert config.block_v * head_k_dim * config.ahead <= 128 * lanes * config.num_warps
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    "heads, segments, least, long",
+    [(heads, 8, 1024, 8192) for heads in (1, 8)]
+    + [(heads, 4, 4096, 16384) for heads in (9, 16)]
+    + [(heads, 1, 1024, 1024) for heads in (17, 64)],
+)
+def test_few_heads_cut_long_sequences_on_hopper_alone(
+    heads: int, segments: int, least: int, long: int, target: Target
+) -> None:
+    config = launch.segment_config(heads, 128, target)
+    found = config.max_segments, config.min_tokens, config.long_tokens
+    assert found == ((segments, least, long) if target.arch == 90 else (1, 1024, 1024))
+    assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
+
+
+# Configurations of the scan in Gluon have 64 rows of the state a part.
+@pytest.mark.parametrize(
+    "head_v_dim, states, parts",
+    [(64, 1, 1), (64, 4096, 1), (128, 1, 1), (128, 66, 1), (128, 67, 2), (128, 4096, 2), (256, 33, 1), (256, 34, 2)],
+)
+def test_narrow_scans_while_each_program_has_an_sm(head_v_dim: int, states: int, parts: int) -> None:
+    config = launch.hopper_scan_config(head_v_dim, states)
+    assert config is {1: launch.HOPPER_SCAN_NARROW, 2: launch.HOPPER_SCAN_WIDE}[parts]
+    assert config.parts == parts and head_v_dim % (64 * parts) == 0
+
+
+@pytest.mark.parametrize("head_v_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_k_dim", HEAD_DIMS)
+def test_programs_of_the_map_pass_divide_values_and_keys(head_k_dim: int, head_v_dim: int) -> None:
+    config = launch.map_config(head_k_dim, head_v_dim)
+    assert config is (launch.HOPPER_MAP_NARROW if 64 in (head_k_dim, head_v_dim) else launch.HOPPER_MAP_WIDE)
+    assert head_k_dim % (64 * config.parts) == head_v_dim % (64 * config.parts) == 0
+
+
 @pytest.mark.parametrize("group", [1, 63, 64, 65, 97, 128, 1000, 1024, 4096, 8192, 20000, 65536])
 def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     config = launch.norm_config(group)
@@ -205,6 +248,45 @@ def test_the_norm_rung_is_the_smallest_that_holds_the_group(group: int) -> None:
     assert config is dict(launch.NORM_LADDER)[min(smaller)]
     # a thread holds at most 64 fp32 elements of a tile
     assert config.block_rows * config.block_cols <= 64 * 32 * config.num_warps
+
+
+@pytest.mark.parametrize(("heads", "inverse_heads"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 4), (64, 4), (128, 4)])
+def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_heads: int) -> None:
+    assert launch.prep_config(heads).inverse_heads == inverse_heads
+
+
+def test_throughput_looks_at_the_number_of_states() -> None:
+    hopper = Target("cuda", 90)
+    config = launch.segment_config(8, 128, hopper, "throughput", 32)
+    assert (config.max_segments, config.long_tokens) == (8, 4096)
+    assert launch.segment_config(8, 128, hopper, "throughput", 33).max_segments == 1
+    assert launch.segment_config(8, 128, hopper, "invariant", 33) == launch.segment_config(8, 128, hopper)
+    assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
+
+
+def test_a_policy_is_named_and_forgets_what_was_recorded() -> None:
+    with pytest.raises(ValueError, match=r"^policy must be one of invariant, throughput, got 'fast'$"):
+        launch.use_prefill_policy("fast")
+    assert launch.prefill_policy() == "invariant"
+    calls: list[str] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        calls.append(launch.prefill_policy())
+        return x
+
+    run = replay.dispatcher("twice(Tensor x) -> Tensor", call, lambda: True)
+    known, last = replay._recorded[-1]
+    try:
+        known[("a key",)] = call
+        last[0] = (("a key",), call)
+        launch.use_prefill_policy("throughput")
+        assert launch.prefill_policy() == "throughput"
+        assert not known and last == [(None, None)]
+        run(torch.zeros(1))
+        assert calls == ["throughput"]
+    finally:
+        launch.use_prefill_policy("invariant")
+        replay._recorded.pop()
 
 
 def test_a_group_past_the_ladder_names_the_limit() -> None:
@@ -220,7 +302,6 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
         return target.arch if target.arch in ladder else "hip" if target.backend == "hip" else "cuda"
 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
-    assert launch.prep_config(target) is launch.PREP_LADDER[family(launch.PREP_LADDER)]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
 
 
@@ -236,7 +317,8 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 
 def test_no_chooser_takes_a_token_count() -> None:
-    static = {"group_size", "head_k_dim", "head_v_dim", "target"}
+    # states: sequences times heads, which a captured plan fixes too
+    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states", "policy"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 
@@ -250,8 +332,11 @@ FACTS = {
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
-    "chunk_prep": [(target,) for target in TARGETS],
+    "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
+    "chunk_hopper_scan": [(size, states) for size in HEAD_DIMS for states in (1, 66, 67, 4096)],
+    "chunk_map": [(size, other) for size in HEAD_DIMS for other in HEAD_DIMS],
+    "chunk_segments": [(heads, 128, target) for heads in (1, 8, 9, 16, 17, 64) for target in TARGETS],
 }
 
 
@@ -300,7 +385,7 @@ def test_an_exception_undoes_a_pin() -> None:
 
 
 def test_an_unknown_kernel_cannot_be_pinned() -> None:
-    message = r"^kernel must be one of layer_norm_gated, .*chunk_scan, got 'chunk'$"
+    message = r"^kernel must be one of layer_norm_gated, .*chunk_segments, got 'chunk'$"
     with pytest.raises(ValueError, match=message), launch.pinned("chunk", launch.GATING_CONFIG):
         pass
     assert not launch._pins
@@ -410,6 +495,40 @@ def test_compile_only_forces_its_target_and_restores(kernel: Kernel) -> None:
     with pytest.raises(KeyError), launch.compile_only(target):
         raise KeyError("inside")
     assert launch.target(cpu) == Target("interpreter", 0)
+
+
+def test_a_descriptor_names_the_device_and_stages_are_optional(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(launch, "target", lambda device: asked.append(device) or Target("cuda", 90))
+    kernel.arg_names = [*kernel.arg_names, "PDL"]
+    descriptor = types.SimpleNamespace(base=torch.zeros(3, device="meta"))
+    launch.run(kernel, (5,), 3, descriptor, torch.zeros(3), config=types.SimpleNamespace(num_warps=4))
+    ((_, _, options),) = kernel.launched
+    assert asked == [torch.device("meta")]
+    assert options == {"num_warps": 4, "enable_fp_fusion": True, "PDL": True, "launch_pdl": True}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_descriptors_are_hoppers(target: Target) -> None:
+    assert launch.has_descriptors(target) is (target == Target("cuda", 90))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compile_only_builds_one_binary_of_a_kernel_with_descriptors(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    import gluon_copy
+    import triton_support
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(driver, "_active", triton_support.StandInDriver("cuda", 90))
+    monkeypatch.setattr(launch, "_kernels", {})
+    caches = collections.defaultdict(gluon_copy.copy_rows.create_binder)
+    monkeypatch.setattr(gluon_copy.copy_rows, "device_caches", caches)
+    with launch.compile_only(Target("cuda", 90)) as compiled:
+        for tokens in (9, 72, 100, 500):
+            gluon_copy.copy(torch.zeros(tokens, gluon_copy.COLS, dtype=torch.bfloat16, device=device))
+    assert len(compiled) == 4 and launch.binaries() == 1
+    assert "cp.async.bulk.tensor" in compiled[0][1].asm["ptx"]
 
 
 def test_binaries_counts_what_the_kernels_hold(kernel: Kernel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 import types
@@ -179,6 +180,140 @@ def test_a_recording_ends_with_its_call_and_is_the_threads_own():
         assert seen == [None]
         _ = 1 / 0
     assert replay.current() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without a GPU: tensor descriptors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TensorDescriptor:
+    """As Gluon has it."""
+
+    base: torch.Tensor
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: str = "swizzled"
+    padding: str = "zero"
+
+
+def descriptor(tensor, **options):
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [8, 16], **options)
+
+
+def record_descriptors(compiled, kind=descriptor, **options):
+    """A launch with descriptors of an argument, of a view of it and of an allocation, and what they describe."""
+    x = torch.zeros(32, 16)
+    recording = replay.Recording("stand-in", [x])
+    with recording:
+        out = launch.empty(x, 24, 16)
+        part = launch.view(x[8:], x)
+        arguments = kind(x), 5, kind(part, **options), x, kind(out), "constexpr"
+        recording.launched(compiled, (4,), arguments)
+    return recording.replay(out), (x, part, out)
+
+
+def described(argument):
+    return argument.base.data_ptr(), argument.shape, argument.strides, argument.padding, argument.round_f32_to_tf32
+
+
+def test_a_replay_makes_descriptors_around_new_pointers(device):
+    compiled, x = Compiled(), torch.zeros(32, 16)
+    repeat, _ = record_descriptors(compiled, padding="nan")
+    made = [repeat(x.data_ptr()) for _ in range(2)]
+    calls = [arguments[9:] for arguments in compiled.calls]
+    for (first, n, second, pointer, third, constant), out in zip(calls, made, strict=True):
+        assert (n, pointer, constant) == (5, x.data_ptr(), "constexpr")
+        assert described(first) == (x.data_ptr(), (32, 16), (16, 1), "zero", False)
+        assert described(second) == (x[8:].data_ptr(), (24, 16), (16, 1), "nan", False)
+        assert described(third) == (out.data_ptr(), (24, 16), (16, 1), "zero", False)
+    # another thread may be in a launch with the last call's
+    assert not {id(argument) for argument in calls[0] if isinstance(argument, replay.Descriptor)} & set(
+        map(id, calls[1])
+    )
+
+
+def test_a_replay_keeps_no_described_tensor_alive(device):
+    repeat, tensors = record_descriptors(Compiled())
+    watched = [weakref.ref(tensor) for tensor in tensors]
+    del tensors
+    gc.collect()
+    assert repeat is not None and [ref() for ref in watched] == [None] * 3
+
+
+@pytest.mark.parametrize("stray", ["base", "im2col"])
+def test_a_descriptor_that_cannot_be_traced_is_not_repeated(device, monkeypatch, stray):
+    monkeypatch.setattr(replay, "_reasons", {})
+    x = torch.zeros(32, 16)
+    given = descriptor(x.clone() if stray == "base" else x)
+    if stray == "im2col":
+        given.pixel_box_lower_corner = [0]
+    recording = replay.Recording("stand-in", [x])
+    with recording:
+        out = launch.empty(x, 8)
+        recording.launched(Compiled(), (1,), (5, given, out))
+    assert recording.replay(out) is None
+    why = "the base of argument 1 of a launch is neither an argument nor an allocation"
+    assert replay.reasons() == {
+        "stand-in": "argument 1 of a launch is an im2col descriptor" if stray == "im2col" else why
+    }
+
+
+class Triton:
+    """The installed Triton's own launcher for a kernel with descriptors, above stand-ins of what it has in C."""
+
+    def __init__(self, monkeypatch):
+        driver = pytest.importorskip("triton.backends.nvidia.driver")
+        from triton.runtime.driver import driver as active
+
+        self.launched = []
+        fill = lambda *args: ("map", *(tuple(x) if isinstance(x, list) else x for x in args))  # noqa: E731
+        utils = types.SimpleNamespace(fill_tma_descriptor_tiled=fill)
+        if not hasattr(driver, "make_kernel_signature"):  # Triton 3.6
+            utils.fill_tma_descriptor = fill
+        monkeypatch.setattr(active, "_active", types.SimpleNamespace(utils=utils))
+        monkeypatch.setattr(driver._allocation, "has_profile_allocator", lambda: True, raising=False)
+        kind = "tensordesc<fp32[8,16],layout>"
+        signature = dict(enumerate((kind, "i32", kind, "*fp32", kind, "constexpr")))
+        meta = {"swizzle": 3, "elem_size": 4, "elem_type": 8, "block_size": [8, 16], "fp4_padded": False}
+        metas = [{**meta, "swizzle": swizzle} for swizzle in (1, 2, 3)]
+        self.run = object.__new__(driver.CudaLauncher)
+        facts = {"launch_cooperative_grid": False, "launch_pdl": True, "num_ctas": 1, "gsan_enabled": False}
+        facts |= {f"{kind}_scratch_{what}": 0 for kind in ("global", "profile") for what in ("size", "align")}
+        if hasattr(driver, "make_kernel_signature"):
+            facts |= {"arg_annotations": "annotations", "kernel_signature": "signature"}
+        vars(self.run).update(facts, launch=driver.wrap_handle_tensordesc(self.launch, signature, metas))
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def launch(self, *args):
+        self.launched.append([tuple(arg) if isinstance(arg, list) else arg for arg in args])
+
+
+@pytest.mark.parametrize("wrapper", ["known", "unknown"])
+def test_a_replay_hands_over_what_tritons_launcher_does(device, monkeypatch, wrapper):
+    hopper = pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layout = NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
+    kind = lambda x, **options: hopper.TensorDescriptor(x, x.shape, x.stride(), [8, 16], layout, **options)  # noqa: E731
+    triton, sources, factory = Triton(monkeypatch), [], replay._factory
+    through = triton.run.launch
+    if wrapper == "unknown":
+        triton.run.launch = lambda *args: through(*args)
+    monkeypatch.setattr(replay, "_factory", lambda source: (sources.append(source), factory(source))[1])
+    repeat, _ = record_descriptors(triton, kind, padding="nan")
+    x = torch.zeros(32, 16)
+    out = repeat(x.data_ptr())
+    arguments = kind(x), 5, kind(x[8:], padding="nan"), x.data_ptr(), kind(out), "constexpr"
+    triton.run(4, 1, 1, 77, "function", "metadata", None, None, None, *arguments)
+    assert triton.launched[0] == triton.launched[1]
+    # Triton 3.6's wrapper is passed by, and its arguments before the kernel's are four more
+    is_36 = not hasattr(triton.run, "kernel_signature")
+    constants = dict(zip(repeat.__code__.co_freevars, repeat.__closure__, strict=True))
+    assert (constants["start0"].cell_contents == triton.launch) is (is_36 and wrapper == "known")
+    assert f"make0_{13 if is_36 else 9}(p0, c0_" in sources[0]
 
 
 @pytest.fixture
@@ -398,6 +533,20 @@ def test_threads_replay_side_by_side(ordinary):
     for thread in threads:
         thread.join()
     assert len(ordinary) == count and not wrong
+
+
+@pytest.mark.gpu
+def test_a_kernel_with_descriptors_is_replayed(ordinary):
+    if not launch.has_descriptors(launch.target(torch.device("cuda"))):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    import gluon_copy
+
+    copy = replay.dispatcher("gdn::copy(Tensor x) -> Tensor", gluon_copy.copy, launch.replayable)
+    xs = [normal(500, gluon_copy.COLS, seed=seed) for seed in range(4)]
+    found = [copy(x) for x in xs]
+    assert len(ordinary) == 1, replay.reasons()
+    for x, out in zip(xs, found, strict=True):
+        assert torch.equal(out, x[8:])
 
 
 @pytest.mark.gpu

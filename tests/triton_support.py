@@ -283,7 +283,7 @@ class _StandInUtils:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 1, "warpSize": 32}
 
 
-class _StandInDriver:
+class StandInDriver:
     """Triton's active driver for a target that this machine does not have: compiles, never launches."""
 
     def __init__(self, backend: str, arch: int | str) -> None:
@@ -314,11 +314,11 @@ def install_driver(backend: str, arch: int | str) -> None:
     """Have this process compile for the given target; nothing can be launched afterwards."""
     from triton.runtime.driver import driver
 
-    driver.set_active(_StandInDriver(backend, arch))
+    driver.set_active(StandInDriver(backend, arch))
 
 
-def _ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes of spills that the bundled assembler reports for ``ptx``."""
+def ptxas_log(ptx: str, arch: int) -> str:
+    """What the bundled assembler has to say of ``ptx``."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
@@ -326,7 +326,12 @@ def _ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
         source.write(ptx)
         source.flush()
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name, "-o", os.devnull]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
+
+
+def _ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread and bytes of spills that the bundled assembler reports for ``ptx``."""
+    output = ptxas_log(ptx, arch)
     registers = re.search(r"Used (\d+) registers", output)
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]
     return int(registers.group(1)), max(spills, default=0)

@@ -3,19 +3,23 @@
 gamma_t is exp of the gates summed within the chunk, G_ij = gamma_i / gamma_j for i >= j (else 0), k^ and q^ the rows of
 k and q (divided by their norms if asked), L the strictly lower part of diag(beta) k^ k^T:
 
-    T = (I + L)^-1 diag(beta),   X = T^T k^,   R = scale G * (tril(q^ k^T) T)        preparation, all chunks at once
-    W = v - gamma * (k^ S^T),    o = scale gamma * (q^ S^T) + R W,
-    S <- gamma_C S + ((gamma_C / gamma) * W)^T X                                      scan, along each sequence
+    T = G * ((I + L)^-1 diag(beta)),   X = T^T diag(gamma_C / gamma) k^,   R = scale (G * (q^ k^T)) T
+                                                                                     preparation, all chunks at once
+    W = v - gamma * (k^ S^T),   o = scale gamma * (q^ S^T) + R W,   S <- gamma_C S + W^T X
+                                                                                     scan, along each sequence
 
-T does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a chunk.
+The inverse does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a
+chunk. Four rows of factors are fp32: the gates summed within the chunk, in log2; gamma / |k|; scale gamma / |q|; and
+scale / |q|, where a norm is 1 unless k and q are to be normalised.
 S is [V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every
-exponent is of a number that is not positive: i >= j is selected before the exponential.
+exponent is of a number that is not positive.
 
 A chunk of sequence n has a place in scratch that no other sequence shares, without a plan from the host: its number is
 cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
 tokens.
 
-Left out: splitting one sequence over programs, sharing a key head's products between its value heads.
+The preparation is in kernels/chunk_prep.py. On Hopper the scan is that of kernels/chunk_hopper.py where it can address
+the tensors, which takes the preparation's inverses and no X and R; only there are sequences split over programs.
 """
 
 import torch
@@ -23,183 +27,9 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels._math import gate, inv_l2norm, sigmoid
-from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, slots, span
-
-CHUNK = 64
-C = tl.constexpr(CHUNK)
-LOG2E = tl.constexpr(1.4426950408889634)
-# Log2 of the smallest decay of one token: exp2(-60) is zero beside any state, and 64 of them still add up exactly.
-MIN_LOG2_GATE = tl.constexpr(-60.0)
-
-
-@triton.jit
-def unit_lower_inverse(L, OPERAND: tl.constexpr):
-    """(I + L)^-1 of a strictly lower [64, 64] L, by doubling the solved diagonal blocks: T <- T - T (L * M_l) T.
-
-    M_l keeps the off-diagonal blocks of level l. No product has entries beyond those of the inverse itself, so
-    identical keys do no harm, which a power series of L would not survive. Rounding the operands to fp16 leaves an
-    error of 1e-3, but 5e-2 where beta nears 2 on identical keys: one Newton step on a residual of twice the precision
-    squares that.
-    """
-    r = tl.arange(0, C)[:, None]
-    c = tl.arange(0, C)[None, :]
-    eye = tl.where(r == c, 1.0, 0.0)
-    T = eye - tl.where(r // 2 == c // 2, L, 0.0)
-    for level in tl.static_range(1, 6):
-        below = (r // (2**level) != c // (2**level)) & (r // (2 ** (level + 1)) == c // (2 ** (level + 1)))
-        operand = T.to(OPERAND)
-        U = tl.dot(tl.where(below, L, 0.0).to(OPERAND), operand)
-        T = T - tl.dot(operand, U.to(OPERAND))
-    L_high = L.to(OPERAND)
-    T_high = T.to(OPERAND)
-    residual = eye - T - tl.dot(L_high, T_high)
-    residual -= tl.dot(L_high, (T - T_high.to(tl.float32)).to(OPERAND))
-    residual -= tl.dot((L - L_high.to(tl.float32)).to(OPERAND), T_high)
-    return T + tl.dot(T_high, residual.to(OPERAND))
-
-
-@triton.jit
-def chunk_of(cu_seqlens_ptr, place, N, T):
-    """Batch row, first token and length of the sequence at scratch place ``place``, and which of its chunks that is."""
-    if cu_seqlens_ptr is not None:
-        low = place * 0
-        high = low + N - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first // C + middle <= place:
-                low = middle
-            else:
-                high = middle - 1
-        batch, start, length = span(cu_seqlens_ptr, low, T)
-        chunk = place - (start // C + low)
-    else:
-        chunks = (T + C - 1) // C
-        batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
-        chunk = place % chunks
-    return batch, chunk, start, length
-
-
-@triton.jit(do_not_specialize=["N", "T", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
-def prep_kernel(
-    q_ptr,
-    k_ptr,
-    g_ptr,
-    beta_ptr,
-    A_log_ptr,
-    dt_bias_ptr,
-    x_ptr,
-    r_ptr,
-    factor_ptr,
-    o_ptr,
-    cu_seqlens_ptr,
-    N: tl.int32,
-    T: tl.int32,
-    key_columns: tl.int32,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
-    stride_k_b,
-    stride_k_t,
-    stride_k_h,
-    stride_g_b: tl.int64,
-    stride_g_t: tl.int64,
-    stride_beta_b: tl.int64,
-    stride_beta_t: tl.int64,
-    stride_o_t,
-    stride_o_h,
-    scale,
-    beta_scale,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    IS_RAW_GATE: tl.constexpr,
-    USE_QK_L2NORM: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """One chunk and value head: X, R and the row factors of the scan; and zeros for the tokens of no sequence."""
-    pid = tl.program_id(0)
-    hv = pid % HV
-    place = (pid // HV).to(tl.int64)
-    h = hv // (HV // H)
-    o64 = tl.arange(0, C)
-
-    if cu_seqlens_ptr is not None:
-        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
-        t = place * C + o64
-        if (place + 1) * C > end:
-            tail = (t >= end) & (t < T)
-            columns = tl.arange(0, V)
-            zeros = tl.zeros([C, V], dtype=o_ptr.dtype.element_ty)
-            tl.store(o_ptr + t[:, None] * stride_o_t + hv * stride_o_h + columns[None, :], zeros, mask=tail[:, None])
-
-    if N > 0:
-        batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
-        if (chunk >= 0) & (chunk * C < length):
-            first = start + chunk * C
-            valid = o64 < length - chunk * C
-            k_base = k_ptr + batch * stride_k_b + first * stride_k_t + h * stride_k_h
-            q_base = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h
-            g_ptrs = g_ptr + batch * stride_g_b + (first + o64) * stride_g_t + hv
-            beta_ptrs = beta_ptr + batch * stride_beta_b + (first + o64) * stride_beta_t + hv
-            g = tl.load(g_ptrs, mask=valid, other=0.0).to(tl.float32)
-            b = tl.load(beta_ptrs, mask=valid, other=0.0).to(tl.float32)
-            if IS_RAW_GATE:
-                A_log = tl.load(A_log_ptr + hv).to(tl.float32)
-                dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
-                g = tl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                b = tl.where(valid, beta_scale * sigmoid(b), 0.0)
-            gates = tl.cumsum(tl.maximum(g * LOG2E, MIN_LOG2_GATE), axis=0)
-            # the decay of the whole chunk is the last one, that of the last valid token: gates past it are 0
-            total = tl.sum(tl.where(o64 == C - 1, gates, 0.0), axis=0)
-
-            # 64 columns of k at a time, twice: whole rows as operands would not fit the registers. The bound is a
-            # runtime number, because a loop of one known turn dissolves and its tiles live on (692 bytes of spills).
-            row = o64[:, None]
-            column = o64[None, :]
-            k_offsets = row * stride_k_t + column
-            q_offsets = row * stride_q_t + column
-            kk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                kk = tl.dot(k, tl.trans(k), kk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1)
-            norm_k = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_k = inv_l2norm(squares, L2NORM_EPS)
-            kk = kk * norm_k[:, None] * norm_k[None, :]
-            inverse = unit_lower_inverse(tl.where(row > column, kk * b[:, None], 0.0), OPERAND) * b[None, :]
-
-            head = place * HV + hv
-            qk = tl.zeros([C, C], dtype=tl.float32)
-            squares = tl.zeros([C], dtype=tl.float32)
-            left = tl.trans((inverse * norm_k[:, None]).to(k_ptr.dtype.element_ty))
-            for c in range(0, key_columns, C):
-                k = tl.load(k_base + c + k_offsets, mask=valid[:, None], other=0.0)
-                q = tl.load(q_base + c + q_offsets, mask=valid[:, None], other=0.0)
-                x = tl.dot(left, k)
-                tl.store(x_ptr + head * (C * K) + c + row * K + column, x.to(x_ptr.dtype.element_ty))
-                qk = tl.dot(q, tl.trans(k), qk)
-                if USE_QK_L2NORM:
-                    squares += tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1)
-            norm_q = tl.full([C], 1.0, dtype=tl.float32)
-            if USE_QK_L2NORM:
-                norm_q = inv_l2norm(squares, L2NORM_EPS)
-            qk = tl.where(row >= column, qk * norm_q[:, None] * norm_k[None, :], 0.0)
-            decay = tl.exp2(tl.where(row >= column, gates[:, None] - gates[None, :], 0.0))
-            r = scale * decay * tl.dot(qk.to(k_ptr.dtype.element_ty), inverse.to(k_ptr.dtype.element_ty))
-            tl.store(r_ptr + head * (C * C) + row * C + column, r.to(r_ptr.dtype.element_ty))
-
-            factor_ptrs = factor_ptr + head * (4 * C) + o64
-            decay = tl.exp2(gates)
-            tl.store(factor_ptrs, decay * norm_k)
-            tl.store(factor_ptrs + C, decay * norm_q * scale)
-            tl.store(factor_ptrs + 2 * C, tl.exp2(total - gates))
-            tl.store(factor_ptrs + 3 * C, tl.exp2(total + 0.0 * gates))
+from gdn_kernels.kernels import chunk_hopper
+from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare_inverse, prepare_products
+from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
@@ -297,17 +127,16 @@ def scan_kernel(
             x = tl.load(x_ptr + head * (C * K) + x_offsets)
             r = tl.load(r_ptr + head * (C * C) + r_offsets)
             factor_ptrs = factor_ptr + head * (4 * C) + o64
-            factor_k = tl.load(factor_ptrs)
-            factor_q = tl.load(factor_ptrs + C)
-            factor_w = tl.load(factor_ptrs + 2 * C)
-            total = tl.load(factor_ptr + head * (4 * C) + 3 * C)
+            factor_k = tl.load(factor_ptrs + C)
+            factor_q = tl.load(factor_ptrs + 2 * C)
+            total = tl.exp2(tl.load(factor_ptr + head * (4 * C) + C - 1))
 
             operand = S.to(k.dtype)
             ks = tl.dot(operand, tl.trans(k))
             qs = tl.dot(operand, tl.trans(q))
             w = tl.trans(v).to(tl.float32) - ks * factor_k[None, :]
             o = tl.dot(w.to(k.dtype), tl.trans(r), qs * factor_q[None, :])
-            S = tl.dot((w * factor_w[None, :]).to(k.dtype), x, S * total)
+            S = tl.dot(w.to(k.dtype), x, S * total)
             tl.store(o_base + t * stride_o_t + o_offsets, tl.trans(o).to(o_ptr.dtype.element_ty), mask=valid)
 
             if checkpoint_ptr is not None:
@@ -355,44 +184,51 @@ def _launch(
         count = cu_seqlens.shape[0] - 1
         places = tokens // CHUNK + count + 1
     target = launch.target(q.device)
-    prep = launch.config("chunk_prep", target)
-    scan = launch.config("chunk_scan", K, target)
-    x = launch.empty(q, places, HV, CHUNK, K)
     r = launch.empty(q, places, HV, CHUNK, CHUNK)
     factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
-    launch.run(
-        prep_kernel,
-        (places * HV,),
+    preparation = {"config": launch.config("chunk_prep", HV), "count": count, "cu_seqlens": cu_seqlens}
+    prepare_inverse(
         q,
         k,
         g,
         beta,
-        A_log,
-        dt_bias,
-        x,
+        o,
         r,
         factors,
-        o,
-        cu_seqlens,
-        count,
-        tokens,
-        K,
-        *(stride for t in (q, k) for stride in (batch_stride(t), t.stride(1), t.stride(2))),
-        *(stride for t in (g, beta) for stride in (batch_stride(t), t.stride(1))),
-        o.stride(1),
-        o.stride(2),
-        K**-0.5 if scale is None else scale,
-        beta_scale,
-        config=prep,
-        H=H,
-        HV=HV,
-        K=K,
-        V=V,
-        IS_RAW_GATE=A_log is not None,
-        USE_QK_L2NORM=use_qk_l2norm,
-        # fp32 operands only in the interpreter, where they test the algebra to fp32's precision
-        OPERAND=tl.float32 if q.dtype is torch.float32 else tl.float16,
+        **preparation,
+        scale=K**-0.5 if scale is None else scale,
+        use_qk_l2norm=use_qk_l2norm,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        beta_scale=beta_scale,
     )
+    if launch.has_descriptors(target) and not launch.is_pinned("chunk_scan") and chunk_hopper.fits(q, k, v, o):
+        chunk_hopper.scan(
+            q,
+            k,
+            v,
+            r,
+            factors,
+            o,
+            initial,
+            final,
+            config=launch.config("chunk_hopper_scan", V, count * HV),
+            map_config=launch.config("chunk_map", K, V),
+            segments=launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV),
+            cu_seqlens=cu_seqlens,
+            count=count,
+            read=read,
+            write=write,
+            has_initial_state=has_initial_state,
+            pad_slot_id=pad_slot_id,
+            checkpoints=checkpoints,
+            checkpoint_offsets=checkpoint_offsets,
+            checkpoint_interval=checkpoint_interval,
+        )
+        return
+    scan = launch.config("chunk_scan", K, target)
+    x = launch.empty(q, places, HV, CHUNK, K)
+    prepare_products(q, k, x, r, factors, **preparation)
     launch.run(
         scan_kernel,
         (count * HV * (V // scan.block_v),),

@@ -257,15 +257,15 @@ def chunk_gated_delta_rule_paged_checkpoints(
     )
 
 
-def warm_tensors(shapes: launch.ModelShapes, device: torch.device) -> tuple[torch.Tensor, ...]:
+def warm_tensors(shapes: launch.ModelShapes, device: torch.device, tokens: int = 2) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta of two tokens, as an engine holds them: views of one packed tensor, gates in fp32."""
     keys = shapes.num_k_heads * shapes.head_k_dim
-    mixed = torch.zeros(2, shapes.conv_channels, dtype=shapes.dtype, device=device)
-    gates = torch.zeros(1, 2, shapes.num_v_heads, device=device)
+    mixed = torch.zeros(tokens, shapes.conv_channels, dtype=shapes.dtype, device=device)
+    gates = torch.zeros(1, tokens, shapes.num_v_heads, device=device)
     return (
-        mixed[:, :keys].view(1, 2, shapes.num_k_heads, shapes.head_k_dim),
-        mixed[:, keys : 2 * keys].view(1, 2, shapes.num_k_heads, shapes.head_k_dim),
-        mixed[:, 2 * keys :].view(1, 2, shapes.num_v_heads, shapes.head_v_dim),
+        mixed[:, :keys].view(1, tokens, shapes.num_k_heads, shapes.head_k_dim),
+        mixed[:, keys : 2 * keys].view(1, tokens, shapes.num_k_heads, shapes.head_k_dim),
+        mixed[:, 2 * keys :].view(1, tokens, shapes.num_v_heads, shapes.head_v_dim),
         gates,
         gates,
     )
@@ -277,10 +277,33 @@ def warm_pool(shapes: launch.ModelShapes, device: torch.device) -> torch.Tensor:
     )
 
 
+def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[int, int]]:
+    """Sequences and tokens of the calls that together launch every binary: few and many sequences, and one so long that
+    it is cut."""
+    target = launch.target(device)
+    if not launch.has_descriptors(target):
+        return [(2, 2)]
+    plans = {}
+    for count in (1, 2, 1 + launch.HOPPER_SMS):
+        plans.setdefault(launch.hopper_scan_config(shapes.head_v_dim, count * shapes.num_v_heads), (count, 2))
+    facts = shapes.num_v_heads, shapes.head_v_dim, target, launch.prefill_policy(), shapes.num_v_heads
+    segments = launch.config("chunk_segments", *facts)
+    long = [(1, segments.long_tokens)] if segments.max_segments > 1 else []
+    return [*plans.values(), *long]
+
+
+def _warm_offsets(shapes: launch.ModelShapes, device: torch.device, count: int, tokens: int) -> torch.Tensor:
+    """Offsets of ``count`` sequences, the last of which holds what ``tokens`` are left."""
+    offsets = torch.arange(count + 1, dtype=shapes.index_dtype, device=device).clamp(max=tokens)
+    offsets[-1] = tokens
+    return offsets
+
+
 def _warm_functional(l2norm: bool) -> Callable[[launch.ModelShapes, torch.device], None]:
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
-        chunk_gated_delta_rule(*warm_tensors(shapes, device), cu_seqlens=offsets, use_qk_l2norm=l2norm)
+        for count, tokens in _warm_plans(shapes, device):
+            offsets = _warm_offsets(shapes, device, count, tokens)
+            chunk_gated_delta_rule(*warm_tensors(shapes, device, tokens), cu_seqlens=offsets, use_qk_l2norm=l2norm)
 
     return warm
 
@@ -289,34 +312,38 @@ def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]
     """``raw``: the layer's form, with gates and l2norm inside."""
 
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        q, k, v, g, beta = warm_tensors(shapes, device)
-        offsets = torch.arange(3, dtype=shapes.index_dtype, device=device)
-        slots, fresh = offsets[:2].clone(), torch.ones(2, dtype=torch.bool, device=device)
-        state, out = warm_pool(shapes, device), torch.empty_like(v, memory_format=torch.contiguous_format)
-        options: dict[str, Any] = {}
-        if raw:
-            g = beta = torch.zeros(1, 2, shapes.num_v_heads, dtype=shapes.dtype, device=device)
-            options = {"use_qk_l2norm": True, **shapes.gate_parameters(device)}
-        for known in (None, fresh):
-            chunk_gated_delta_rule_paged(
-                q, k, v, g, beta, state, out, slots, offsets, has_initial_state=known, **options
+        for count, tokens in _warm_plans(shapes, device):
+            q, k, v, g, beta = warm_tensors(shapes, device, tokens)
+            offsets = _warm_offsets(shapes, device, count, tokens)
+            # the pool has two slots; more sequences have none
+            slots = torch.arange(count, dtype=shapes.index_dtype, device=device)
+            slots[2:] = -1
+            fresh = torch.ones(count, dtype=torch.bool, device=device)
+            state, out = warm_pool(shapes, device), torch.empty_like(v, memory_format=torch.contiguous_format)
+            options: dict[str, Any] = {}
+            if raw:
+                g = beta = torch.zeros(1, tokens, shapes.num_v_heads, dtype=shapes.dtype, device=device)
+                options = {"use_qk_l2norm": True, **shapes.gate_parameters(device)}
+            for known in (None, fresh):
+                chunk_gated_delta_rule_paged(
+                    q, k, v, g, beta, state, out, slots, offsets, has_initial_state=known, **options
+                )
+            chunk_gated_delta_rule_paged_checkpoints(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                state,
+                out,
+                state.float(),
+                slots,
+                offsets,
+                torch.zeros_like(offsets),
+                checkpoint_interval=64,
+                has_initial_state=fresh,
+                **options,
             )
-        chunk_gated_delta_rule_paged_checkpoints(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state,
-            out,
-            state.float(),
-            slots,
-            offsets,
-            torch.zeros_like(offsets),
-            checkpoint_interval=64,
-            has_initial_state=fresh,
-            **options,
-        )
 
     return warm
 

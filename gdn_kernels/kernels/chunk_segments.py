@@ -1,0 +1,185 @@
+"""Segments of a long sequence that the chunk recurrence walks at once, and how their states join.
+
+Over one segment the state S of [V, K] goes through a map that does not depend on it,
+
+    S_out = S_in A + B,    A of [K, K],  B of [V, K],
+
+because the delta rule multiplies S from the right and adds to it. A is what the recurrence makes of the identity
+without values, B what it makes of a zero state. A map pass finds them for every segment but a sequence's last; here
+S_j = S_{j-1} A_{j-1} + B_{j-1} gives each segment but the first its start; then all segments run at once.
+
+Where a sequence is cut depends on its own length and static facts alone, so the rest of a batch changes none of its
+bits. Programs have places, without a plan from the host: place n < N is the last segment of sequence n, or all of it;
+N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN places serve every batch of N sequences
+in T tokens, those past N hold the segments that have a map, and maps and starts are numbered from there.
+
+maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; both fp32, K
+last. The products are of fp32 operands in three products of tf32 each, about fp32's precision: what a map
+loses, every later token loses.
+
+Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
+"""
+
+import triton
+import triton.language as tl
+
+from gdn_kernels import launch
+from gdn_kernels.kernels.recurrent import slots, span
+
+C = tl.constexpr(64)
+
+
+@triton.jit
+def cut(length, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+    """How many segments a sequence of ``length`` tokens has, and chunks in each but the last; none is empty, except
+    that of an empty sequence. Only those of LONG tokens or more are cut."""
+    chunks = (length + C - 1) // C
+    segments = tl.maximum(tl.minimum(length // MIN, MAX), 1)
+    segments = tl.where(length >= LONG, segments, 1)
+    per_segment = tl.maximum((chunks + segments - 1) // segments, 1)
+    # rounding up may leave fewer: 5 chunks by 2 are 3 segments, not 4
+    return tl.maximum((chunks + per_segment - 1) // per_segment, 1), per_segment
+
+
+@triton.jit
+def first_map(cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+    """Number of the map of the first segment of sequence ``n``, whose first token is ``start``."""
+    if cu_seqlens_ptr is not None:
+        number = start // MIN
+    else:
+        segments, _ = cut(T, MAX, MIN, LONG)
+        number = n * (segments - 1)
+    return number
+
+
+@triton.jit
+def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+    """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
+
+    Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
+    many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
+    whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
+    """
+    number = place - N
+    low = place * 0
+    high = low + N - 1
+    if number < 0:
+        low = place
+    elif cu_seqlens_ptr is not None:
+        # the last sequence that begins at or before this place: those before it have no segment here
+        while low < high:
+            middle = (low + high + 1) // 2
+            _, first, _ = span(cu_seqlens_ptr, middle, T)
+            if first // MIN <= number:
+                low = middle
+            else:
+                high = middle - 1
+    else:
+        of_row, _ = cut(T, MAX, MIN, LONG)
+        low = tl.minimum(number // tl.maximum(of_row - 1, 1), high)
+    n = low
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    segments, per_segment = cut(length, MAX, MIN, LONG)
+    segment = segments - 1
+    if number >= 0:
+        segment = (number - first_map(cu_seqlens_ptr, n, start, T, MAX, MIN, LONG)).to(tl.int32)
+        if (segment < 0) | (segment >= segments - 1):
+            segment = segments
+    first_chunk = segment * per_segment
+    chunks = tl.maximum(tl.minimum(per_segment, (length + C - 1) // C - first_chunk), 0)
+    if segment == segments:
+        chunks = chunks * 0
+    return n, segment, segments, first_chunk, chunks, batch, start, length
+
+
+@triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id"])
+def combine_kernel(
+    maps_ptr,
+    starts_ptr,
+    initial_ptr,
+    cu_seqlens_ptr,
+    read_ptr,
+    has_initial_ptr,
+    T: tl.int32,
+    num_slots: tl.int32,
+    pad_slot_id: tl.int32,
+    stride_initial,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MAX_SEGMENTS: tl.constexpr,
+    MIN_TOKENS: tl.constexpr,
+    LONG_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_V rows of one head's state, along the segments of one sequence."""
+    pid = tl.program_id(0)
+    block = pid % (V // BLOCK_V)
+    hv = (pid // (V // BLOCK_V)) % HV
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+
+    _, start, length = span(cu_seqlens_ptr, n, T)
+    segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+    if segments > 1:
+        read, write, active, keep, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
+        if active:
+            columns = tl.arange(0, K)[None, :]
+            inner = tl.arange(0, BLOCK_V)[:, None] * K + columns
+            square = tl.arange(0, K)[:, None] * K + columns
+            row = block * BLOCK_V
+            S = tl.zeros([BLOCK_V, K], dtype=tl.float32)
+            if initial_ptr is not None:
+                initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
+                S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
+            first = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+            # maps do not wait for the state: they are loaded ahead of it
+            for j in tl.range(0, segments - 1, num_stages=STAGES):
+                head = (first + j) * HV + hv
+                map_ptr = maps_ptr + head * ((V + K) * K)
+                A = tl.load(map_ptr + V * K + square)
+                B = tl.load(map_ptr + row * K + inner)
+                S = tl.dot(S, A, B, input_precision=PRECISION)
+                tl.store(starts_ptr + (head * V + row) * K + inner, S)
+
+
+def num_maps(count, tokens, cu_seqlens, config):
+    """Maps of ``count`` sequences, at most: in ``tokens`` tokens, or each of as many."""
+    if count == 0 or tokens < config.long_tokens:
+        return 0
+    if cu_seqlens is not None:
+        return tokens // config.min_tokens
+    chunks = triton.cdiv(tokens, 64)
+    per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
+    return count * (triton.cdiv(chunks, per_segment) - 1)
+
+
+def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
+    """Write to ``starts`` what the segment after each with a map starts from; nothing for sequences without a slot."""
+    HV, V, K = starts.shape[1:]
+    launch.run(
+        combine_kernel,
+        (count * HV * (V // config.block_v),),
+        maps,
+        starts,
+        initial,
+        cu_seqlens,
+        read,
+        has_initial_state,
+        tokens,
+        0 if initial is None else initial.shape[0],
+        pad_slot_id,
+        0 if initial is None else initial.stride(0),
+        config=config,
+        HV=HV,
+        K=K,
+        V=V,
+        BLOCK_V=config.block_v,
+        MAX_SEGMENTS=config.max_segments,
+        MIN_TOKENS=config.min_tokens,
+        LONG_TOKENS=config.long_tokens,
+        # AMD's matrix units take fp32 as it is, and have no tf32x3
+        PRECISION="ieee" if launch.target(maps.device).backend == "hip" else "tf32x3",
+        STAGES=config.num_stages,
+    )

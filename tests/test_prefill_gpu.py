@@ -1,0 +1,199 @@
+"""Prefill of long sequences on a GPU: segments, both sizes of program, the portable kernels, and bits in any batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from delta_cases import assert_close, delta_inputs, oracle
+
+import gdn_kernels
+from gdn_kernels import launch
+
+pytestmark = pytest.mark.gpu
+
+BUDGET = 5e-3
+SEGMENTS = launch.SegmentConfig(max_segments=8, min_tokens=256, long_tokens=512)
+SHAPES = {"64x64": (64, 64), "128x128": (128, 128), "128x64": (128, 64), "64x128": (64, 128)}
+
+
+def run(inputs, **options):
+    torch.full((1 << 24,), torch.nan, device="cuda")  # freed: what a kernel leaves unwritten shows
+    state = inputs.initial_state
+    return gdn_kernels.chunk_gated_delta_rule(
+        *inputs.tensors, initial_state=state, cu_seqlens=inputs.cu_seqlens, **options
+    )
+
+
+def check(inputs, o, state):
+    wanted_o, wanted_state = oracle(inputs, initial_state=inputs.initial_state)
+    real = inputs.real_tokens
+    assert_close(o[:, :real], wanted_o[:, :real], BUDGET, "o")
+    assert_close(state, wanted_state, BUDGET, "state")
+    assert torch.equal(o[:, real:], torch.zeros_like(o[:, real:]))
+
+
+@pytest.mark.parametrize("gates", ["random", "none", "strong"])
+@pytest.mark.parametrize("keys", ["random", "positive", "identical"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_segments_match_fp64(shape, keys, gates):
+    # with g = 0 a wrong map shows, which decay would hide
+    K, V = SHAPES[shape]
+    lengths = (1030, 0, 255, 256, 513, 2085)
+    options = {"device": "cuda", "padding": 9, "keys": keys, "gates": gates}
+    inputs = delta_inputs(lengths, H=2, HV=4, K=K, V=V, dtype=torch.bfloat16, **options)
+    with launch.pinned("chunk_segments", SEGMENTS):
+        check(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("gates", ["random", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_ladders_segments_match_fp64(dtype, gates):
+    inputs = delta_inputs((8192, 70), H=1, HV=4, K=128, V=128, dtype=dtype, device="cuda", gates=gates)
+    check(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("kernel", ["narrow", "wide", "portable", "segments"])
+def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
+    lengths = (700, 64, 1, 1500, 333)
+    inputs = delta_inputs(lengths, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", padding=40)
+    pins = {
+        "narrow": ("chunk_hopper_scan", launch.HOPPER_SCAN_NARROW),
+        "wide": ("chunk_hopper_scan", launch.HOPPER_SCAN_WIDE),
+        "portable": ("chunk_scan", launch.scan_config(128, launch.target(torch.device("cuda")))),
+        "segments": ("chunk_segments", SEGMENTS),
+    }
+    with launch.pinned(*pins[kernel]):
+        o, state = run(inputs)
+        again = run(inputs)
+        assert torch.equal(o, again[0]) and torch.equal(state, again[1])
+        check(inputs, o, state)
+        start = 0
+        for n, length in enumerate(lengths):
+            rows = slice(start, start + length)
+            tensors = [x[:, rows].contiguous() for x in inputs.tensors]
+            offsets = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+            alone = gdn_kernels.chunk_gated_delta_rule(
+                *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets
+            )
+            assert torch.equal(o[:, rows], alone[0]), n
+            assert torch.equal(state[n], alone[1][0]), n
+            whole = gdn_kernels.chunk_gated_delta_rule(*tensors, initial_state=inputs.initial_state[n : n + 1])
+            assert torch.equal(alone[0], whole[0]) and torch.equal(alone[1], whole[1]), n
+            start += length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("decay", [1.0, 3.9, 4.1, 99.0, 101.0, 4000.0])
+def test_chunks_on_either_side_of_strong_decay(dtype, decay):
+    # log2 of what a chunk decays by, and heads that decay less beside it
+    inputs = delta_inputs((256, 100), H=1, HV=4, K=128, V=128, dtype=dtype, device="cuda", gates="none")
+    inputs.g[:] = -decay * 0.6931471805599453 / 64 * torch.tensor([1.0, 0.5, 1.0, 0.01], device="cuda")
+    for config in (launch.HOPPER_SCAN_NARROW, launch.HOPPER_SCAN_WIDE):
+        with launch.pinned("chunk_hopper_scan", config):
+            check(inputs, *run(inputs))
+    portable = launch.scan_config(128, launch.target(torch.device("cuda")))
+    with launch.pinned("chunk_scan", portable):
+        check(inputs, *run(inputs))
+    with launch.pinned("chunk_segments", dataclasses.replace(SEGMENTS, min_tokens=64, long_tokens=128)):
+        check(inputs, *run(inputs))
+
+
+def test_throughput_leaves_full_batches_whole():
+    # 5 sequences of 8 heads: invariant cuts the long one, throughput does not; replays do not outlive the policy
+    # (with decay a segment forgets where it started from, and its bits are those of the whole)
+    inputs = delta_inputs((8192, 1, 1, 1, 1), H=1, HV=8, K=64, V=64, dtype=torch.bfloat16, device="cuda", gates="none")
+    cut = run(inputs)
+    try:
+        launch.use_prefill_policy("throughput")
+        whole = run(inputs)
+    finally:
+        launch.use_prefill_policy("invariant")
+    with launch.pinned("chunk_segments", launch.NO_SEGMENTS):
+        assert torch.equal(whole[0], run(inputs)[0])
+    assert not torch.equal(whole[0], cut[0])
+    assert torch.equal(run(inputs)[0], cut[0])
+
+
+def test_a_program_of_either_size_gives_the_same_bits():
+    inputs = delta_inputs((300, 129), H=1, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda")
+    found = []
+    for config in (
+        launch.HOPPER_SCAN_NARROW,
+        launch.HOPPER_SCAN_WIDE,
+        dataclasses.replace(launch.HOPPER_SCAN_WIDE, stages=2),
+    ):
+        with launch.pinned("chunk_hopper_scan", config):
+            found.append(run(inputs))
+    for o, state in found[1:]:
+        assert torch.equal(o, found[0][0]) and torch.equal(state, found[0][1])
+
+
+def test_rows_without_offsets_and_padding_between_them():
+    # rows of a batch lie apart: each has its own tail
+    inputs = delta_inputs((400,), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, device="cuda")
+    states = torch.cat([inputs.initial_state] * 4)
+    tensors = [x.view(4, 100, *x.shape[2:]) for x in map(torch.Tensor.contiguous, inputs.tensors)]
+    o, state = gdn_kernels.chunk_gated_delta_rule(*tensors, initial_state=states)
+    offsets = torch.arange(0, 401, 100, dtype=torch.int32, device="cuda")
+    packed = gdn_kernels.chunk_gated_delta_rule(*inputs.tensors, initial_state=states, cu_seqlens=offsets)
+    assert torch.equal(o.view(1, 400, 2, 128), packed[0]) and torch.equal(state, packed[1])
+
+
+@pytest.mark.parametrize("interval", [64, 192])
+def test_checkpoints_and_slots_of_segments(interval):
+    lengths = (1100, 300, 640)
+    inputs = delta_inputs(lengths, H=1, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", gates="none")
+    pool = torch.zeros(6, 4, 128, 128, device="cuda")
+    slots = torch.tensor([4, -1, 2], dtype=torch.int32, device="cuda")
+    pool[slots[[0, 2]].long()] = inputs.initial_state[[0, 2]]
+    known = torch.tensor([True, True, False], device="cuda")
+    counts = [length // interval for length in lengths]
+    at = torch.tensor([0, counts[0], counts[0] + counts[1], sum(counts)], dtype=torch.int32, device="cuda")
+    kept = torch.full((sum(counts), 4, 128, 128), torch.nan, device="cuda")
+    out = torch.full_like(inputs.v, torch.nan)
+    with launch.pinned("chunk_segments", SEGMENTS):
+        gdn_kernels.chunk_gated_delta_rule_paged_checkpoints(
+            *inputs.tensors, pool, out, kept, slots, inputs.cu_seqlens, at,
+            checkpoint_interval=interval, has_initial_state=known,
+        )  # fmt: skip
+    initial = inputs.initial_state.clone()
+    initial[2] = 0
+    start = 0
+    for n, length in enumerate(lengths):
+        rows = slice(start, start + length)
+        start += length
+        if n == 1:
+            assert not out[:, rows].any()
+            assert kept[int(at[1]) : int(at[2])].isnan().all()
+            continue
+        for each in range(1, counts[n] + 1):
+            cut = slice(rows.start, rows.start + each * interval)
+            part = [x[:, cut] for x in inputs.tensors]
+            wanted = dataclasses.replace(
+                inputs, **dict(zip("qkvg", part[:4], strict=True)), beta=part[4], initial_state=initial[n : n + 1],
+                cu_seqlens=torch.tensor([0, each * interval]),
+            )  # fmt: skip
+            _, state = oracle(wanted, initial_state=wanted.initial_state)
+            assert_close(kept[int(at[n]) + each - 1], state[0], BUDGET, f"checkpoint {each} of {n}")
+            if each > 3:
+                break
+        part = [x[:, rows] for x in inputs.tensors]
+        wanted = dataclasses.replace(
+            inputs, **dict(zip("qkvg", part[:4], strict=True)), beta=part[4], initial_state=initial[n : n + 1],
+            cu_seqlens=torch.tensor([0, length]),
+        )  # fmt: skip
+        o, state = oracle(wanted, initial_state=wanted.initial_state)
+        assert_close(out[:, rows], o, BUDGET, "o")
+        assert_close(pool[slots[n]], state[0], BUDGET, "state")
+
+
+def test_heads_that_lie_apart_take_the_portable_kernels():
+    inputs = delta_inputs((200,), H=2, HV=4, K=64, V=64, dtype=torch.bfloat16, device="cuda")
+    wide = torch.zeros(1, 200, 2, 80, dtype=torch.bfloat16, device="cuda")
+    wide[..., :64] = inputs.q
+    o, state = gdn_kernels.chunk_gated_delta_rule(
+        wide[..., :64], *inputs.tensors[1:], initial_state=inputs.initial_state, cu_seqlens=inputs.cu_seqlens
+    )
+    check(inputs, o, state)
