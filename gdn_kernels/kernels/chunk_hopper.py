@@ -68,38 +68,158 @@ def store_rows(tiles, end, length, row, column, values, through):
 
 
 @gluon.jit
+def work_of(
+    item, cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+    V: gl.constexpr, K: gl.constexpr, HV: gl.constexpr, PARTS: gl.constexpr, MAX_SEGMENTS: gl.constexpr,
+    MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+):  # fmt: skip
+    """What number ``item`` of a launch is: rows of one head's state, along one sequence or segment.
+
+    Returns the sequence, its head, the first row; first chunk and chunks of 64 tokens; token past the sequence's end, its
+    length, its place in scratch and that of its first map; segment, whether it is the last; slots to read and write,
+    whether the sequence has a slot, keeps its state, has one to start from; the map's number.
+    """
+    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
+    first_row = (item % BLOCKS) * (PARTS * C)
+    hv = (item // BLOCKS) % HV
+    n = (item // (BLOCKS * HV)).to(gl.int64)
+    number = n
+    segment = n.to(gl.int32) * 0
+    is_last = segment == 0
+    first_chunk = segment
+    before = n * 0
+    if MAX_SEGMENTS > 1:
+        place_of_segment = n
+        if IS_MAP:
+            place_of_segment += N
+        n, segment, segments, first_chunk, chunks, batch, start, length = segment_of(
+            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
+        )
+        is_last = segment == segments - 1
+        before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment - 1
+    else:
+        batch, start, length = span(cu_seqlens_ptr, n, T)
+        chunks = (length + C - 1) // C
+    if cu_seqlens_ptr is not None:
+        place = start // C + n
+    else:
+        place = n * ((T + C - 1) // C)
+    end = (batch * T + start + length).to(gl.int32)
+    if IS_MAP:
+        read = n
+        write = n
+        active = chunks > 0
+        keep = active
+        known = active
+    else:
+        read, write, active, keep, known = slots(
+            read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
+        )
+        known = known & (segment == 0)
+        keep = keep & is_last
+    return (
+        n,
+        hv,
+        first_row,
+        first_chunk,
+        chunks,
+        end,
+        length,
+        place,
+        before,
+        segment,
+        read,
+        write,
+        active,
+        keep,
+        known,
+        number,
+    )
+
+
+@gluon.jit
 def loader(
     q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-    chunks, first_chunk, end, length, head, q_column, v_column, has_values,
-    HV: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, IS_MAP: gl.constexpr,
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+    H: gl.constexpr, V: gl.constexpr, K: gl.constexpr, HV: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of each chunk, as stages come free."""
+    """Tiles of each chunk, as stages come free: of the next sequence too, before this one is done."""
     BASE: gl.constexpr = (C * K + C * C) * 2 + 4 * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
-    for i in range(chunks):
-        stage = i % STAGES
-        bar = ready.index(stage)
-        row = (first_chunk + i) * C
-        each = head + i * HV
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-        if IS_MAP:
-            mbarrier.expect(bar, BASE + VALUES, pred=has_values)
-            mbarrier.expect(bar, BASE, pred=not has_values)
-        else:
-            mbarrier.expect(bar, BASE + VALUES + C * K * 2)
-        load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
-        _load(factor_tiles, [each * (4 * C)], bar, factor_s.index(stage))
-        if has_values:
-            for part in gl.static_range(PARTS):
-                load_rows(v_tiles, end, length, row, v_column + part * C, bar, v_s.index(stage * PARTS + part))
-        _load(y_tiles, [each * C, 0], bar, y_s.index(stage))
-        if not IS_MAP:
-            load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        (
+            n,
+            hv,
+            first_row,
+            first_chunk,
+            chunks,
+            end,
+            length,
+            place,
+            before,
+            segment,
+            read,
+            write,
+            active,
+            keep,
+            known,
+            number,
+        ) = work_of(
+            item,
+            cu_seqlens_ptr,
+            read_ptr,
+            write_ptr,
+            has_initial_ptr,
+            N,
+            T,
+            num_slots,
+            pad_slot_id,
+            items,
+            V,
+            K,
+            HV,
+            PARTS,
+            MAX_SEGMENTS,
+            MIN_TOKENS,
+            LONG_TOKENS,
+            IS_MAP,
+        )
+        chunks = gl.where(active, chunks, 0)
+        has_values = first_row < V
+        q_column = hv // (HV // H) * K
+        v_column = hv * V + first_row
+        head = ((place + first_chunk) * HV + hv).to(gl.int32)
+        for i in range(chunks):
+            stage = turn % STAGES
+            bar = ready.index(stage)
+            row = (first_chunk + i) * C
+            each = head + i * HV
+            mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+            if IS_MAP:
+                mbarrier.expect(bar, BASE + VALUES, pred=has_values)
+                mbarrier.expect(bar, BASE, pred=not has_values)
+            else:
+                mbarrier.expect(bar, BASE + VALUES + C * K * 2)
+            load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
+            _load(factor_tiles, [each * (4 * C)], bar, factor_s.index(stage))
+            if has_values:
+                for part in gl.static_range(PARTS):
+                    load_rows(v_tiles, end, length, row, v_column + part * C, bar, v_s.index(stage * PARTS + part))
+            _load(y_tiles, [each * C, 0], bar, y_s.index(stage))
+            if not IS_MAP:
+                load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
+            turn += 1
 
 
 @gluon.jit
 def auxiliary(
-    q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES: gl.constexpr,
+    q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready,
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+    V: gl.constexpr, K: gl.constexpr, HV: gl.constexpr, PARTS: gl.constexpr, MAX_SEGMENTS: gl.constexpr,
+    MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """P of each chunk, and the decay from each token to the chunk's end."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -108,148 +228,259 @@ def auxiliary(
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
-    for i in range(chunks):
-        stage = i % STAGES
-        # a stage that is ready again has been given back by all who read its P
-        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        p = warpgroup_mma(q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        factors = factor_s.index(stage)
-        gates_i = factors.slice(0, C).load(rows)
-        gates_j = factors.slice(0, C).load(columns)
-        scale_i = factors.slice(3 * C, C).load(rows)
-        last = gl.max(factors.slice(C - 1, 1).load(line), 0)
-        decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
-        p = warpgroup_mma_wait(0, [p])
-        p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
-        p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
-        fence_async_shared()
-        mbarrier.arrive(p_ready.index(stage))
-        mbarrier.arrive(free.index(stage))
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        (
+            n,
+            hv,
+            first_row,
+            first_chunk,
+            chunks,
+            end,
+            length,
+            place,
+            before,
+            segment,
+            read,
+            write,
+            active,
+            keep,
+            known,
+            number,
+        ) = work_of(
+            item,
+            cu_seqlens_ptr,
+            read_ptr,
+            write_ptr,
+            has_initial_ptr,
+            N,
+            T,
+            num_slots,
+            pad_slot_id,
+            items,
+            V,
+            K,
+            HV,
+            PARTS,
+            MAX_SEGMENTS,
+            MIN_TOKENS,
+            LONG_TOKENS,
+            IS_MAP,
+        )
+        chunks = gl.where(active, chunks, 0)
+        for _ in range(chunks):
+            stage = turn % STAGES
+            # a stage that is ready again has been given back by all who read its P
+            mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+            p = warpgroup_mma(q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            factors = factor_s.index(stage)
+            gates_i = factors.slice(0, C).load(rows)
+            gates_j = factors.slice(0, C).load(columns)
+            scale_i = factors.slice(3 * C, C).load(rows)
+            last = gl.max(factors.slice(C - 1, 1).load(line), 0)
+            decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
+            p = warpgroup_mma_wait(0, [p])
+            p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
+            p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
+            fence_async_shared()
+            mbarrier.arrive(p_ready.index(stage))
+            mbarrier.arrive(free.index(stage))
+            turn += 1
 
 
 @gluon.jit
 def state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-    ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later,
-    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
-    V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    IS_MAP: gl.constexpr,
+    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+    checkpoint_offset_ptr, ready, free, p_ready,
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+    num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
+    V: gl.constexpr, K: gl.constexpr, HV: gl.constexpr, PARTS: gl.constexpr, MAX_SEGMENTS: gl.constexpr,
+    MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of the state along the chunks."""
+    """64 rows of the state along the chunks, for one item after another."""
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     wide_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = k_s.dtype
     # one warpgroup has registers to keep the matrix units busy by itself; two fill each other's gaps
     IS_ALONE: gl.constexpr = PARTS == 1
-    rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
-    inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
-
-    S = gl.zeros([C, K], gl.float32, wide)
-    if IS_MAP:
-        if not has_values:
-            diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
-            S = gl.where(diagonal, 1.0, S)
-    else:
-        if start_ptr is not None:
-            if later:
-                S = gl.load(start_ptr + start + inner)
-        if initial_ptr is not None:
-            if known:
-                S = gl.load(initial_ptr + initial + inner).to(gl.float32)
-    S_operand = gl.convert_layout(S.to(dtype), operand)
     zeros = gl.zeros([C, C], gl.float32, narrow)
     if not IS_MAP:
         o_tile = o_s.index(PART)
-        o = gl.zeros([C, C], dtype, narrow)
-    for i in range(chunks):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        row = (first_chunk + i) * C
-        mbarrier.wait(ready.index(stage), phase)
-        ks = warpgroup_mma(S_operand, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        if IS_ALONE and not IS_MAP:
-            qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        # what is left of the chunk before, while the matrix units work
-        if i > 0:
-            mbarrier.arrive(free.index((i - 1) % STAGES))
-            if not IS_MAP:
-                store_rows(o_tiles, end, length, row - C, v_column + PART * C, o, o_tile)
-        factors = factor_s.index(stage)
-        factor_k = factors.slice(C, C).load(columns)
-        v = gl.zeros([C, C], dtype, narrow)
-        if has_values:
-            v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
-        if IS_ALONE and not IS_MAP:
-            ks = warpgroup_mma_wait(1, [ks])
-        else:
-            ks = warpgroup_mma_wait(0, [ks])
-        w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
-        u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
-        last = gl.max(factors.slice(C - 1, 1).load(columns), 0)
-        S = S * gl.exp2(last)
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        (
+            n,
+            hv,
+            first_row,
+            first_chunk,
+            chunks,
+            end,
+            length,
+            place,
+            before,
+            segment,
+            read,
+            write,
+            active,
+            keep,
+            known,
+            number,
+        ) = work_of(
+            item,
+            cu_seqlens_ptr,
+            read_ptr,
+            write_ptr,
+            has_initial_ptr,
+            N,
+            T,
+            num_slots,
+            pad_slot_id,
+            items,
+            V,
+            K,
+            HV,
+            PARTS,
+            MAX_SEGMENTS,
+            MIN_TOKENS,
+            LONG_TOKENS,
+            IS_MAP,
+        )
+        has_values = first_row < V
+        v_column = hv * V + first_row
+        rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
+        inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+        S = gl.zeros([C, K], gl.float32, wide)
         if IS_MAP:
-            decay = gl.exp2(last - factors.slice(0, C).load(columns))
+            final = (number * HV + hv) * ((V + K) * K)
+            if not has_values:
+                diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+                S = gl.where(diagonal, 1.0, S)
         else:
-            factor_q = factors.slice(2 * C, C).load(columns)
-            if IS_ALONE:
-                qs = warpgroup_mma_wait(1, [qs])
-                o_sum = qs * factor_q[None, :]
-            mbarrier.wait(p_ready.index(stage), phase)
-            decay = decay_s.index(stage).load(columns)
-        u = warpgroup_mma_wait(0, [u])
-        u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
-        if IS_MAP:
-            S = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
-            S = warpgroup_mma_wait(0, [S])
-            S_operand = gl.convert_layout(S.to(dtype), operand)
-        else:
-            u_operand = gl.convert_layout(u.to(dtype), operand)
-            S_sum = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
-            if not IS_ALONE:
-                qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                qs = warpgroup_mma_wait(0, [qs])
-                o_sum = qs * factor_q[None, :]
-            o_sum = warpgroup_mma(u_operand, p_s.index(stage).permute((1, 0)), o_sum, is_async=True)
-            # nothing may be under way where S is rounded but what does not read its operand: ptxas serialises all else
-            S = warpgroup_mma_wait(1, [S_sum])
-            S_operand = gl.convert_layout(S.to(dtype), operand)
-            o = warpgroup_mma_wait(0, [o_sum]).to(dtype)
+            final = write * stride_final + hv * (V * K)
+            if start_ptr is not None:
+                if segment > 0:
+                    S = gl.load(start_ptr + (before * HV + hv) * (V * K) + inner)
+            if initial_ptr is not None:
+                if known:
+                    S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
+            if not active:
+                # a sequence without a slot: zeros
+                o16 = gl.arange(0, 16, gl.SliceLayout(1, flat))
+                o_base = o_ptr + ((end - length).to(gl.int64) * stride_o_t + hv * stride_o_h + first_row + PART * C)
+                tile = o16[:, None] * stride_o_t + gl.arange(0, C, gl.SliceLayout(0, flat))[None, :]
+                none = gl.zeros([16, C], o_ptr.dtype.element_ty, flat)
+                for i in range(first_chunk * C, gl.minimum((first_chunk + chunks) * C, length), 16):
+                    gl.store(o_base + i.to(gl.int64) * stride_o_t + tile, none, mask=(i + o16 < length)[:, None])
             if checkpoint_ptr is not None:
-                whole = (first_chunk + i + 1) % checkpoint_chunks == 0
-                due = whole & (row + C <= length) & (checkpoint >= 0) & (checkpoint < checkpoint_end)
-                if due:
-                    gl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
-                checkpoint += whole.to(gl.int64)
-    if not IS_MAP:
+                checkpoint = gl.load(checkpoint_offset_ptr + n).to(gl.int64)
+                checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
+                checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
+                checkpoint += first_chunk // checkpoint_chunks
+                kept_ptr = checkpoint_ptr + hv * (V * K)
+        chunks = gl.where(active, chunks, 0)
+        S_operand = gl.convert_layout(S.to(dtype), operand)
+        if not IS_MAP:
+            o = gl.zeros([C, C], dtype, narrow)
+        for i in range(chunks):
+            stage = turn % STAGES
+            phase = (turn // STAGES) & 1
+            row = (first_chunk + i) * C
+            mbarrier.wait(ready.index(stage), phase)
+            ks = warpgroup_mma(S_operand, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if IS_ALONE and not IS_MAP:
+                qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            # what is left of the chunk before, while the matrix units work
+            if i > 0:
+                mbarrier.arrive(free.index((turn - 1) % STAGES))
+                if not IS_MAP:
+                    store_rows(o_tiles, end, length, row - C, v_column + PART * C, o, o_tile)
+            factors = factor_s.index(stage)
+            factor_k = factors.slice(C, C).load(columns)
+            v = gl.zeros([C, C], dtype, narrow)
+            if has_values:
+                v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
+            if IS_ALONE and not IS_MAP:
+                ks = warpgroup_mma_wait(1, [ks])
+            else:
+                ks = warpgroup_mma_wait(0, [ks])
+            w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
+            u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
+            last = gl.max(factors.slice(C - 1, 1).load(columns), 0)
+            S = S * gl.exp2(last)
+            if IS_MAP:
+                decay = gl.exp2(last - factors.slice(0, C).load(columns))
+            else:
+                factor_q = factors.slice(2 * C, C).load(columns)
+                if IS_ALONE:
+                    qs = warpgroup_mma_wait(1, [qs])
+                    o_sum = qs * factor_q[None, :]
+                mbarrier.wait(p_ready.index(stage), phase)
+                decay = decay_s.index(stage).load(columns)
+            u = warpgroup_mma_wait(0, [u])
+            u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
+            if IS_MAP:
+                S = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
+                S = warpgroup_mma_wait(0, [S])
+                S_operand = gl.convert_layout(S.to(dtype), operand)
+            else:
+                u_operand = gl.convert_layout(u.to(dtype), operand)
+                S_sum = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
+                if not IS_ALONE:
+                    qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    qs = warpgroup_mma_wait(0, [qs])
+                    o_sum = qs * factor_q[None, :]
+                o_sum = warpgroup_mma(u_operand, p_s.index(stage).permute((1, 0)), o_sum, is_async=True)
+                # nothing may be under way where S is rounded but what does not read its operand: ptxas serialises all else
+                S = warpgroup_mma_wait(1, [S_sum])
+                S_operand = gl.convert_layout(S.to(dtype), operand)
+                o = warpgroup_mma_wait(0, [o_sum]).to(dtype)
+                if checkpoint_ptr is not None:
+                    whole = (first_chunk + i + 1) % checkpoint_chunks == 0
+                    due = whole & (row + C <= length) & (checkpoint >= 0) & (checkpoint < checkpoint_end)
+                    if due:
+                        gl.store(kept_ptr + checkpoint * stride_checkpoint + inner, S)
+                    checkpoint += whole.to(gl.int64)
+            turn += 1
+        # the stage of the last chunk, for the next item
         if chunks > 0:
-            store_rows(o_tiles, end, length, (first_chunk + chunks - 1) * C, v_column + PART * C, o, o_tile)
+            mbarrier.arrive(free.index((turn - 1) % STAGES))
+            if not IS_MAP:
+                store_rows(o_tiles, end, length, (first_chunk + chunks - 1) * C, v_column + PART * C, o, o_tile)
+        if keep:
+            gl.store(final_ptr + final + inner, S.to(final_ptr.dtype.element_ty))
+    if not IS_MAP:
         tma.store_wait(0)
-    if keep:
-        gl.store(final_ptr + final + inner, S.to(final_ptr.dtype.element_ty))
 
 
 @gluon.jit
 def first_state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-    ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later,
-    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
-    V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    IS_MAP: gl.constexpr,
+    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+    checkpoint_offset_ptr, ready, free, p_ready,
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+    num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
+    V: gl.constexpr, K: gl.constexpr, HV: gl.constexpr, PARTS: gl.constexpr, MAX_SEGMENTS: gl.constexpr,
+    MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
-        q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-        ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known,
-        later, keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
-        V, K, PART, PARTS, STAGES, IS_MAP,
+        q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+        checkpoint_offset_ptr, ready, free, p_ready,
+        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+        num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
+        V, K, HV, PARTS, MAX_SEGMENTS,
+        MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
+        PART,
     )  # fmt: skip
-    return (chunks,)
+    return (items,)
 
 
-@gluon.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
+@gluon.jit(do_not_specialize=["N", "T", "items", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
 def hopper_scan_kernel(
     q_tiles,
     k_tiles,
@@ -271,6 +502,7 @@ def hopper_scan_kernel(
     T: gl.int32,
     num_slots: gl.int32,
     pad_slot_id: gl.int32,
+    items: gl.int32,
     num_checkpoints: gl.int32,
     checkpoint_chunks: gl.int32,
     stride_o_t,
@@ -291,76 +523,10 @@ def hopper_scan_kernel(
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
 ):
-    """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment.
+    """For each of ``items``: PARTS * 64 rows of one head's state, along the chunks of one sequence or segment.
 
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final``.
     """
-    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
-    pid = gl.program_id(0)
-    first_row = (pid % BLOCKS) * (PARTS * C)
-    hv = (pid // BLOCKS) % HV
-    n = (pid // (BLOCKS * HV)).to(gl.int64)
-    h = hv // (HV // H)
-
-    place_of_segment = n
-    if IS_MAP:
-        place_of_segment += N
-    segment = n.to(gl.int32) * 0
-    is_last = segment == 0
-    first_chunk = segment
-    if MAX_SEGMENTS > 1:
-        n, segment, segments, first_chunk, chunks, batch, start, length = segment_of(
-            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
-        )
-        is_last = segment == segments - 1
-    else:
-        batch, start, length = span(cu_seqlens_ptr, n, T)
-        chunks = (length + C - 1) // C
-    if cu_seqlens_ptr is not None:
-        place = start // C + n
-    else:
-        place = n * ((T + C - 1) // C)
-    end = (batch * T + start + length).to(gl.int32)
-    has_values = first_row < V
-    checkpoint = n * 0
-    checkpoint_end = n * 0
-    if IS_MAP:
-        known = has_values
-        later = has_values
-        keep = chunks > 0
-        initial = n * 0
-        final = ((place_of_segment - N) * HV + hv) * ((V + K) * K)
-    else:
-        read, write, active, keep, known = slots(
-            read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
-        )
-        later = segment > 0
-        if MAX_SEGMENTS > 1:
-            known = known & (segment == 0)
-            keep = keep & is_last
-        if not active:
-            # a sequence without a slot: zeros
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // C, C // 8], [gl.num_warps(), 1], [1, 0])
-            o16 = gl.arange(0, 16, gl.SliceLayout(1, layout))
-            columns = gl.arange(0, C, gl.SliceLayout(0, layout))
-            o_base = o_ptr + ((end - length).to(gl.int64) * stride_o_t + hv * stride_o_h + first_row)
-            zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
-            for i in range(first_chunk * C, gl.minimum((first_chunk + chunks) * C, length), 16):
-                for each in gl.static_range(PARTS):
-                    to = (
-                        o_base + i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + each * C + columns[None, :])
-                    )
-                    gl.store(to, zeros, mask=(i + o16 < length)[:, None])
-            chunks = chunks * 0
-        if checkpoint_ptr is not None:
-            checkpoint = gl.load(checkpoint_offset_ptr + n).to(gl.int64)
-            checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
-            checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
-            checkpoint += first_chunk // checkpoint_chunks
-            checkpoint_ptr += hv * (V * K)
-        initial = read * stride_initial + hv * (V * K)
-        final = write * stride_final + hv * (V * K)
-
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
@@ -388,77 +554,88 @@ def hopper_scan_kernel(
         mbarrier.init(p_ready.index(stage), count=1)
     fence_async_shared()
 
-    begin = n * 0
-    if MAX_SEGMENTS > 1 and not IS_MAP:
-        before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment - 1
-        begin = (before * HV + hv) * (V * K)
-    q_column = h * K
-    v_column = hv * V + first_row
-    head = ((place + first_chunk) * HV + hv).to(gl.int32)
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
             (loader, (
                 q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                H, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
             )),
         ], [1], [40])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
             (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 1, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1,
             )),
             (loader, (
                 q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                H, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
             )),
         ], [4, 1], [STATE_REGISTERS, 40])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
-            (auxiliary, (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES)),
+            (auxiliary, (
+                q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
+            )),
             (loader, (
                 q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                H, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
             )),
         ], [4, 1], [AUXILIARY_REGISTERS, 40])  # fmt: skip
     else:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
             (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 1, PARTS, STAGES, IS_MAP,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
+                stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1,
             )),
-            (auxiliary, (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES)),
+            (auxiliary, (
+                q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
+            )),
             (loader, (
                 q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
+                cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
+                H, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES,
             )),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, 40])  # fmt: skip
 
@@ -529,9 +706,11 @@ def scan(
         starts = launch.empty(factors, num_maps, HV, V, K)
 
     def start(config, initial, final, is_map, **tensors):
+        items = num_maps if is_map else count + num_maps
+        items *= HV * ((V + K if is_map else V) // (config.parts * CHUNK))
         launch.run(
             hopper_scan_kernel,
-            ((num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK)),),
+            (min(items, launch.HOPPER_SMS),),
             *tiles,
             o,
             initial,
@@ -544,6 +723,7 @@ def scan(
             tokens,
             final.shape[0],
             pad_slot_id,
+            items,
             0 if checkpoints is None else checkpoints.shape[0],
             checkpoint_interval // CHUNK,
             o.stride(1),
