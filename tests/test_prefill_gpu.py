@@ -142,7 +142,8 @@ def test_rows_without_offsets_and_padding_between_them():
 
 
 @pytest.mark.parametrize("interval", [64, 192])
-def test_checkpoints_and_slots_of_segments(interval):
+def test_checkpoints_and_slots_where_segments_are_asked_for(interval):
+    # states in place are not cut: a slot would be written beside the segment that reads it
     lengths = (1100, 300, 640)
     inputs = delta_inputs(lengths, H=1, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", gates="none")
     pool = torch.zeros(6, 4, 128, 128, device="cuda")

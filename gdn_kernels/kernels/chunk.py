@@ -203,6 +203,10 @@ def _launch(
         beta_scale=beta_scale,
     )
     if launch.has_descriptors(target) and not launch.is_pinned("chunk_scan") and chunk_hopper.fits(q, k, v, o):
+        segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
+        if read is not None:
+            # a pool in place: the last segment may write a slot before the first, which runs beside it, has read it
+            segments = launch.NO_SEGMENTS
         chunk_hopper.scan(
             q,
             k,
@@ -214,7 +218,7 @@ def _launch(
             final,
             config=launch.config("chunk_hopper_scan", V, count * HV),
             map_config=launch.config("chunk_map", K, V),
-            segments=launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV),
+            segments=segments,
             cu_seqlens=cu_seqlens,
             count=count,
             read=read,

@@ -277,9 +277,9 @@ def warm_pool(shapes: launch.ModelShapes, device: torch.device) -> torch.Tensor:
     )
 
 
-def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[int, int]]:
+def _warm_plans(shapes: launch.ModelShapes, device: torch.device, *, in_place: bool) -> list[tuple[int, int]]:
     """Sequences and tokens of the calls that together launch every binary: few and many sequences, and one so long that
-    it is cut."""
+    it is cut, which states in place are not."""
     target = launch.target(device)
     if not launch.has_descriptors(target):
         return [(2, 2)]
@@ -288,7 +288,7 @@ def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[
         plans.setdefault(launch.hopper_scan_config(shapes.head_v_dim, count * shapes.num_v_heads), (count, 2))
     facts = shapes.num_v_heads, shapes.head_v_dim, target, launch.prefill_policy(), shapes.num_v_heads
     segments = launch.config("chunk_segments", *facts)
-    long = [(1, segments.long_tokens)] if segments.max_segments > 1 else []
+    long = [(1, segments.long_tokens)] if segments.max_segments > 1 and not in_place else []
     return [*plans.values(), *long]
 
 
@@ -301,7 +301,7 @@ def _warm_offsets(shapes: launch.ModelShapes, device: torch.device, count: int, 
 
 def _warm_functional(l2norm: bool) -> Callable[[launch.ModelShapes, torch.device], None]:
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        for count, tokens in _warm_plans(shapes, device):
+        for count, tokens in _warm_plans(shapes, device, in_place=False):
             offsets = _warm_offsets(shapes, device, count, tokens)
             chunk_gated_delta_rule(*warm_tensors(shapes, device, tokens), cu_seqlens=offsets, use_qk_l2norm=l2norm)
 
@@ -312,7 +312,7 @@ def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]
     """``raw``: the layer's form, with gates and l2norm inside."""
 
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        for count, tokens in _warm_plans(shapes, device):
+        for count, tokens in _warm_plans(shapes, device, in_place=True):
             q, k, v, g, beta = warm_tensors(shapes, device, tokens)
             offsets = _warm_offsets(shapes, device, count, tokens)
             # the pool has two slots; more sequences have none
