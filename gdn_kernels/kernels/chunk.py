@@ -204,9 +204,6 @@ def _launch(
     )
     if launch.has_descriptors(target) and not launch.is_pinned("chunk_scan") and chunk_hopper.fits(q, k, v, o):
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
-        if read is not None:
-            # a pool in place: the last segment may write a slot before the first, which runs beside it, has read it
-            segments = launch.NO_SEGMENTS
         chunk_hopper.scan(
             q,
             k,

@@ -115,7 +115,7 @@ def work_of(
         read, write, active, keep, known = slots(
             read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
         )
-        known = known & (segment == 0)
+        known = known & (segment == 0) & is_last
         keep = keep & is_last
     return (
         n,
@@ -128,6 +128,7 @@ def work_of(
         place,
         before,
         segment,
+        is_last,
         read,
         write,
         active,
@@ -161,6 +162,7 @@ def loader(
             place,
             before,
             segment,
+            is_last,
             read,
             write,
             active,
@@ -241,6 +243,7 @@ def auxiliary(
             place,
             before,
             segment,
+            is_last,
             read,
             write,
             active,
@@ -290,7 +293,7 @@ def auxiliary(
 
 @gluon.jit
 def state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr,
     checkpoint_offset_ptr, ready, free, p_ready,
     cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
     num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
@@ -324,6 +327,7 @@ def state(
             place,
             before,
             segment,
+            is_last,
             read,
             write,
             active,
@@ -365,6 +369,9 @@ def state(
             if start_ptr is not None:
                 if segment > 0:
                     S = gl.load(start_ptr + (before * HV + hv) * (V * K) + inner)
+                elif not is_last:
+                    # the first of several: its slot may be written while it runs, so the joining has copied the state
+                    S = gl.load(map_ptr + ((before + 1) * HV + hv) * ((V + K) * K) + inner)
             if initial_ptr is not None:
                 if known:
                     S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
@@ -459,7 +466,7 @@ def state(
 
 @gluon.jit
 def first_state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr,
     checkpoint_offset_ptr, ready, free, p_ready,
     cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
     num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
@@ -469,7 +476,7 @@ def first_state(
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
-        q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
+        q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr,
         checkpoint_offset_ptr, ready, free, p_ready,
         cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
         num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final, stride_checkpoint,
@@ -491,6 +498,7 @@ def hopper_scan_kernel(
     o_ptr,
     initial_ptr,
     start_ptr,
+    map_ptr,
     final_ptr,
     checkpoint_ptr,
     cu_seqlens_ptr,
@@ -557,7 +565,7 @@ def hopper_scan_kernel(
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
@@ -572,14 +580,14 @@ def hopper_scan_kernel(
     elif IS_MAP:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
                 stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
             (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
@@ -594,7 +602,7 @@ def hopper_scan_kernel(
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
@@ -614,14 +622,14 @@ def hopper_scan_kernel(
     else:
         gl.warp_specialize([
             (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
                 stride_checkpoint, V, K, HV, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
             )),
             (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, final_ptr,
+                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, o_ptr, initial_ptr, start_ptr, map_ptr, final_ptr,
                 checkpoint_ptr, checkpoint_offset_ptr, ready, free, p_ready,
                 cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id, items,
                 num_checkpoints, checkpoint_chunks, stride_o_t, stride_o_h, stride_initial, stride_final,
@@ -699,7 +707,7 @@ def scan(
         launch.descriptor(factors, [factors.numel()], [1], [4 * CHUNK], _layout(factors, (4 * CHUNK,))),
         _tiles(o, CHUNK),
     )
-    starts = None
+    starts = maps = None
     num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
     if num_maps:
         maps = launch.empty(factors, num_maps, HV, V + K, K)
@@ -715,6 +723,7 @@ def scan(
             o,
             initial,
             tensors.get("starts"),
+            tensors.get("maps"),
             final,
             tensors.get("checkpoints"),
             cu_seqlens,
@@ -766,6 +775,7 @@ def scan(
         final,
         False,
         starts=starts,
+        maps=maps,
         checkpoints=checkpoints,
         read=read,
         write=write,
