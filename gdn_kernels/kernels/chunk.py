@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import chunk_hopper
 from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare_inverse, prepare_products
 from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
@@ -151,6 +150,15 @@ def scan_kernel(
     tl.store(final_ptr + write * stride_final + inner, S.to(final_ptr.dtype.element_ty), mask=keep)
 
 
+def _takes_hopper(target, *tensors):
+    """Whether the scan is Hopper's. Its module is imported there alone: not every Triton has what it imports."""
+    if not launch.has_descriptors(target) or launch.is_pinned("chunk_scan"):
+        return False
+    from gdn_kernels.kernels import chunk_hopper
+
+    return chunk_hopper.fits(*tensors)
+
+
 def _launch(
     q,
     k,
@@ -202,7 +210,9 @@ def _launch(
         dt_bias=dt_bias,
         beta_scale=beta_scale,
     )
-    if launch.has_descriptors(target) and not launch.is_pinned("chunk_scan") and chunk_hopper.fits(q, k, v, o):
+    if _takes_hopper(target, q, k, v, o):
+        from gdn_kernels.kernels import chunk_hopper
+
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
         if read is not None:
             # a pool in place: the last segment may write a slot before the first, which runs beside it, has read it
