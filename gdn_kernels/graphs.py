@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -36,6 +37,126 @@ class BatchMetadata:
     cu_seqlens: torch.Tensor | None = None
     has_initial_state: torch.Tensor | None = None
     pad_slot_id: int = -1
+
+
+class BatchPlan:
+    """A batch's metadata at a static capacity, in persistent tensors that captured graphs read.
+
+    ``fill`` writes a batch in one copy from a staged host buffer and never synchronises, so a graph that was captured
+    over ``batch`` is replayed on the next batch after another ``fill`` on the same stream. Unused entries are inert:
+    sequences of no tokens in the padding slot. The tensors, each at 16 bytes:
+
+    - ``cu_seqlens`` ``[N + 1]``, ``state_indices``, ``lengths``, ``num_accepted_tokens`` ``[N]`` int32;
+      ``has_initial_state`` ``[N]`` bool. Unused: the last offset, ``pad_slot_id``, 0, 1, False.
+
+    One token of a sequence that has a state may stand beside prefills: a mixed batch is a prefill, and such a sequence
+    has the chunked form's bits, not those of ``packed_decode``. The split point takes no accepted counts; they are for
+    callers of ``causal_conv1d_update`` and ``recurrent_gated_delta_rule_verify``.
+
+    Args:
+        num_sequences: N. num_tokens: the tokens that fit, over all sequences.
+        pad_slot_id: as in :class:`BatchMetadata`.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, num_sequences: int, num_tokens: int, *, pad_slot_id: int = -1, device: torch.device | str = "cpu"
+    ) -> None:
+        for name, value in (("num_sequences", num_sequences), ("num_tokens", num_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_sequences, self.num_tokens, self.pad_slot_id = num_sequences, num_tokens, pad_slot_id
+        counts = (num_sequences + 1, num_sequences, num_sequences, num_sequences)
+        self._starts = [0]
+        for count in counts:
+            self._starts.append(self._starts[-1] + -(-count // 4) * 4)
+        self._words = self._starts[-1] + -(-num_sequences // 4)
+        self._buffer = torch.zeros(self._words, dtype=torch.int32, device=device)
+        *integers, self.has_initial_state = self._fields(self._buffer)
+        self.cu_seqlens, self.state_indices, self.lengths, self.num_accepted_tokens = integers
+        self.fill([], [])
+
+    def _fields(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Offsets, slots, lengths, accepted counts, known states: views of ``buffer``."""
+        n, (a, b, c, d, e) = self.num_sequences, self._starts
+        known = buffer[e:].view(torch.uint8)[:n].view(torch.bool)
+        return buffer[a : a + n + 1], buffer[b : b + n], buffer[c : c + n], buffer[d : d + n], known
+
+    def fill(
+        self,
+        lengths: Sequence[int],
+        slots: Sequence[int],
+        *,
+        has_initial_state: Sequence[bool] | None = None,
+        num_accepted_tokens: Sequence[int] | None = None,
+    ) -> None:
+        """Make the plan hold this batch, on the current stream; ``fill([], [])`` empties it.
+
+        Args:
+            lengths: tokens of each sequence; all 1 for a decode. slots: their state slots.
+            has_initial_state: default: every sequence continues from its slot.
+            num_accepted_tokens: of the last verification, at least 1. Default: 1.
+
+        Raises:
+            RuntimeError: the batch is larger than the plan, or the stream is capturing. ValueError: the lists differ in
+            length, a length is negative, a count below 1, or two sequences share a slot. Nothing is written then.
+        """
+        count, tokens = len(lengths), sum(lengths)
+        if count > self.num_sequences or tokens > self.num_tokens:
+            raise RuntimeError(
+                f"the batch must fit the plan of {self.num_sequences} sequences and {self.num_tokens} tokens, "
+                f"got {count} and {tokens}"
+            )
+        known = [True] * count if has_initial_state is None else has_initial_state
+        accepted = [1] * count if num_accepted_tokens is None else num_accepted_tokens
+        for name, values in (("slots", slots), ("has_initial_state", known), ("num_accepted_tokens", accepted)):
+            if len(values) != count:
+                raise ValueError(f"{name} must have an entry for each of the {count} sequences, got {len(values)}")
+        if min(lengths, default=0) < 0:
+            raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+        if min(accepted, default=1) < 1:
+            raise ValueError(f"num_accepted_tokens must be at least 1, got {min(accepted)}")
+        live = [slot for slot in slots if slot >= 0 and slot != self.pad_slot_id]
+        if len(set(live)) != len(live):
+            raise ValueError(f"slots must name each slot once, got {list(slots)}")
+        on_gpu = self._buffer.is_cuda
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("BatchPlan.fill must run outside capture: a graph would keep this batch")
+        offsets = [0, *itertools.accumulate(lengths)]
+        rest = self.num_sequences - count
+        # pinned afresh: the allocator hands a block out again once the copy from it is done, so nothing waits here
+        staged = torch.zeros(self._words, dtype=torch.int32, pin_memory=on_gpu)
+        fields = (
+            [*offsets, *[tokens] * rest],
+            [*slots, *[self.pad_slot_id] * rest],
+            [*lengths, *[0] * rest],
+            [*accepted, *[1] * rest],
+            [*map(bool, known), *[False] * rest],
+        )
+        for field, values in zip(self._fields(staged), fields, strict=True):
+            field.copy_(torch.tensor(values, dtype=field.dtype))
+        self._buffer.copy_(staged, non_blocking=True)
+        self.count, self.tokens, self._decodes = count, tokens, max(lengths, default=1) == min(lengths, default=1) == 1
+
+    def batch(self, decode_rows: int | None = None) -> BatchMetadata:
+        """The plan as a forward context takes it: the persistent tensors, or their first rows.
+
+        Args:
+            decode_rows: None: prefill, or prefill and decode together, told apart by ``cu_seqlens``. Else a decode of
+                that many rows, at least as many as the plan holds; those past its sequences are padding.
+
+        Raises RuntimeError: more rows than the plan, fewer than its batch, or a batch that is no decode.
+        """
+        if decode_rows is None:
+            return BatchMetadata(self.state_indices, self.cu_seqlens, self.has_initial_state, self.pad_slot_id)
+        if not self.count <= decode_rows <= self.num_sequences:
+            raise RuntimeError(
+                f"decode_rows must lie between the batch's {self.count} sequences and the plan's {self.num_sequences}, "
+                f"got {decode_rows}"
+            )
+        if not self._decodes:
+            raise RuntimeError("a decode must have one token of each sequence, got a batch of other lengths")
+        return BatchMetadata(self.state_indices[:decode_rows], pad_slot_id=self.pad_slot_id)
 
 
 @dataclasses.dataclass(frozen=True)
