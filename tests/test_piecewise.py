@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_graphs import HIDDEN, SLOTS, Model, in_thread, pools
 from token_cases import assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gdn_kernels import graphs
 
@@ -136,6 +138,87 @@ def test_a_piece_with_an_argument_elsewhere_is_refused() -> None:
     assert torch.equal(piece.replay((x,)), torch.full((2,), 5.0))
     with pytest.raises(RuntimeError, match="must get its arguments where they were at capture"):
         piece.replay((x.clone(),))
+
+
+class Recorder(TorchDispatchMode):
+    """Stands for the capture of CUDA graphs: the operators run between begin and end, over the memory they had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.begun = None, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        graph, result = self.graph, func(*args, **(kwargs or {}))
+        if graph is not None and "linear_attention_with_output" not in str(func):
+            graph.operators.append((func, args, kwargs or {}, result))
+        return result
+
+
+def stand_in(recorder: Recorder) -> type:
+    class Graph:
+        def __init__(self) -> None:
+            self.operators = []
+
+        def capture_begin(self, pool, capture_error_mode) -> None:
+            assert recorder.graph is None and pool == "pool" and capture_error_mode == "thread_local"
+            recorder.graph, recorder.begun = self, recorder.begun + 1
+
+        def capture_end(self) -> None:
+            assert recorder.graph is self
+            recorder.graph = None
+
+        def replay(self) -> None:
+            assert recorder.graph is None
+            for func, args, kwargs, result in self.operators:
+                found = func(*args, **kwargs)
+                for kept, new in zip(tree_leaves(result), tree_leaves(found), strict=True):
+                    if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                        kept.copy_(new)
+
+    return Graph
+
+
+def test_segments_begin_and_end_around_each_core_and_replay_over_their_memory(monkeypatch) -> None:
+    model, recorder = Model(), Recorder()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", stand_in(recorder))
+    runner = graphs.PiecewiseRunner(model, SIZES, cut="segments")
+    runner._pool = "pool"
+    with recorder:
+        runner.capture(model.states(), tokens(2))
+    assert recorder.begun == 3 * len(SIZES) and runner.captured == dict.fromkeys(SIZES, 3)
+    # from here on nothing of the model's Python runs
+    runner.call = None
+    ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(4, 24)
+    for number, (lengths, slots, decode) in enumerate(BATCHES):
+        count = sum(lengths)
+        if count > SIZES[-1]:
+            continue
+        x, size = tokens(count, number), next(size for size in SIZES if size >= count)
+        plan.fill(lengths, slots)
+        metadata = plan.batch(len(lengths)) if decode else plan.batch()
+        with graphs.forward_context(theirs, metadata):
+            wanted = model(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
+        runner.input.fill_(torch.nan)
+        with graphs.forward_context(ours, metadata):
+            found = runner(x)
+        assert_same_bits([found, *pools(ours)], [wanted, *pools(theirs)], f"batch {number}")
+
+
+def test_an_exception_in_a_segment_ends_its_capture(monkeypatch) -> None:
+    model, recorder = Model(), Recorder()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", stand_in(recorder))
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        y = model(x)
+        if recorder.graph is not None:
+            raise KeyError("inside")
+        return y
+
+    runner = graphs.PiecewiseRunner(breaks, SIZES, cut="segments")
+    runner._pool = "pool"
+    with recorder, pytest.raises(KeyError):
+        runner.capture(model.states(), tokens(2))
+    assert recorder.graph is None and not runner.captured and graphs.current_context() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
