@@ -442,7 +442,7 @@ class _HeldPiece:
         """The results, for the rest of the capture; once it lets go of them, the pool serves their memory again."""
         results = self.results
         if self.graph is not None:
-            self.results = tuple(map(_borrowed, results)) if isinstance(results, tuple) else _borrowed(results)
+            self.results = tuple(map(_borrowed, results)) if isinstance(results, tuple | list) else _borrowed(results)
         return results
 
     def replay(self, args: tuple[Any, ...]) -> Any:
@@ -451,7 +451,7 @@ class _HeldPiece:
         if self.graph is not None:
             self.graph.replay()
         else:
-            found, many = self.call(*self.args), isinstance(self.results, tuple)
+            found, many = self.call(*self.args), isinstance(self.results, tuple | list)
             for kept, new in zip(self.results if many else (self.results,), found if many else (found,), strict=True):
                 if isinstance(kept, torch.Tensor):
                     kept.copy_(new)
@@ -557,7 +557,7 @@ class PiecewiseRunner:
         sizes: the token counts to capture.
         cut: ``"operator"``: compiled once and cut by :func:`piecewise_backend`. ``"segments"``: no compiler; the
             capture stops at ``gdn::linear_attention_with_output`` and goes on after it.
-        names: the operators to cut at, with ``"operator"``.
+        names, inner: as in :func:`piecewise_backend`, with ``"operator"``.
 
     Attributes:
         graphs: how many graphs Dynamo has made. replays, eager: calls that were replayed, and past the largest size.
@@ -573,6 +573,7 @@ class PiecewiseRunner:
         *,
         cut: str = "operator",
         names: Sequence[str] = SPLIT_OPERATORS,
+        inner: str = "eager",
     ) -> None:
         if cut not in ("operator", "segments"):
             raise ValueError(f"cut must be 'operator' or 'segments', got {cut!r}")
@@ -580,7 +581,7 @@ class PiecewiseRunner:
             raise ValueError(f"sizes must be token counts of at least 1, got {list(sizes)}")
         self.sizes, self.cut, self.call = sorted(set(sizes)), cut, model
         if cut == "operator":
-            self.call = torch.compile(model, backend=piecewise_backend(self, names), fullgraph=True)
+            self.call = torch.compile(model, backend=piecewise_backend(self, names, inner), fullgraph=True)
         self.graphs = self.replays = self.eager = 0
         self._sizes: dict[int, _Cut | _Segments] = {}
         self._layer_ids: set[int] = set()
@@ -696,17 +697,20 @@ class PiecewiseRunner:
 
 
 def piecewise_backend(
-    runner: PiecewiseRunner, names: Sequence[str] = SPLIT_OPERATORS
+    runner: PiecewiseRunner, names: Sequence[str] = SPLIT_OPERATORS, inner: str = "eager"
 ) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
     """A ``torch.compile`` backend that cuts at the operators ``names`` and gives the pieces to ``runner``.
 
-    A runner with ``cut="operator"`` makes its own; the pieces run eagerly wherever the runner is not at work.
+    A runner with ``cut="operator"`` makes its own. ``inner`` is the backend that compiles the pieces, by its name:
+    ``"eager"`` keeps eager's bits, ``"inductor"`` fuses.
     """
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         cut, pieces = split_by_operator(graph_module, names)
         for name in pieces:
-            setattr(cut, name, _Piece(runner, getattr(cut, name)))
+            piece = getattr(cut, name)
+            inputs = [node.meta["example_value"] for node in piece.graph.find_nodes(op="placeholder")]
+            setattr(cut, name, _Piece(runner, torch._dynamo.lookup_backend(inner)(piece, inputs)))
         runner.graphs += 1
         return cut
 

@@ -123,6 +123,20 @@ def test_the_backend_serves_a_model_that_is_compiled_elsewhere() -> None:
     assert runner.captured == {8: 3, 16: 3} and runner.graphs == 1
 
 
+def test_pieces_compiled_by_inductor_are_the_model_up_to_rounding() -> None:
+    model = Model()
+    runner = graphs.PiecewiseRunner(model, (1, 8, 16), inner="inductor")
+    runner.capture(model.states(), tokens(2))
+    layers, alone = model.states(), model.states()
+    for seed in range(3):
+        with graphs.forward_context(layers, prefill()):
+            found = runner(tokens(6, seed))
+        with graphs.forward_context(alone, prefill()):
+            wanted = model(tokens(6, seed))
+        torch.testing.assert_close([found, *pools(layers)], [wanted, *pools(alone)])
+    assert runner.captured == dict.fromkeys((1, 8, 16), 3) and runner.graphs == 1
+
+
 def test_no_tokens_are_no_rows() -> None:
     model = Model()
     runner, plan = captured(model, "segments"), graphs.BatchPlan(2, 4)

@@ -107,6 +107,26 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut):
     assert runner.graphs == (cut == "operator")
 
 
+def test_pieces_compiled_by_inductor_replay_with_their_own_bits():
+    """Against the same compiled pieces outside a graph: what replays is what was compiled."""
+    model = Model()
+    runner = graphs.PiecewiseRunner(model, SIZES, inner="inductor")
+    runner.capture(model.states(), tokens(2))
+    poison()
+    ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(4, 150, device="cuda")
+    for seed, lengths in enumerate(([30, 20], [64, 0, 1], [150], [1])):
+        count = sum(lengths)
+        size = next(size for size in SIZES if size >= count)
+        plan.fill(lengths, range(seed, seed + len(lengths)))
+        x = tokens(count, seed)
+        with graphs.forward_context(ours, plan.batch()):
+            found = runner(x)
+        with graphs.forward_context(theirs, plan.batch()):
+            wanted = runner.call(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
+        assert_same_bits([found, *pools(ours)], [wanted, *pools(theirs)], f"call {seed}")
+    assert runner.graphs == 1
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_capture_writes_no_state(cut):
     model = Model()
