@@ -12,14 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import bench_chunk
-import bench_conv
-import bench_decode
-import bench_gating
-import bench_norm
-import bench_recurrent
-import bench_split
-import bench_step
+import bench_split_point
+import check
 import pytest
 import timing
 import torch
@@ -32,16 +26,7 @@ from gdn_kernels.nn import GatedDeltaNet
 def smallest() -> list[Case]:
     """For each operator the case that moves the least."""
     found: dict[str, tuple[int, Case]] = {}
-    modules = (
-        bench_norm,
-        bench_gating,
-        bench_split,
-        bench_conv,
-        bench_chunk,
-        bench_recurrent,
-        bench_decode,
-        bench_step,
-    )
+    modules = (module for module in check.BENCHES if module is not bench_split_point)
     for case in (case for module in modules for case in module.CASES):
         size = sum(x.nbytes for x in case.inputs(Inputs(0)).values() if isinstance(x, torch.Tensor))
         if case.operator not in found or size < found[case.operator][0]:

@@ -53,15 +53,11 @@ BENCHES = (
 # Kernel -> configurations to time, cases to time them on. The cases of a kernel share their binaries.
 SCANS = {
     "chunk_scan": (
-        [
-            *(launch.ScanConfig(*each) for each in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3))),
-        ],
+        [launch.ScanConfig(*each) for each in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3))],
         ("qwen3-next-tp4-prefill-8192", "qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-32x256"),
     ),
     "chunk_prep": (
-        [
-            *(launch.PrepConfig(*each) for each in itertools.product((1, 2, 4), (1, 2, 4), (4, 8))),
-        ],
+        [launch.PrepConfig(*each) for each in itertools.product((1, 2, 4), (1, 2, 4), (4, 8))],
         ("qwen3-next-tp1-prefill-8192", "qwen3-next-tp1-prefill-paged-8192"),
     ),
     "recurrent": (

@@ -69,11 +69,13 @@ def store_rows(tiles, end, length, row, column, values, through):
 
 @gluon.jit
 def loader(
-    q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-    chunks, first_chunk, end, length, head, q_column, v_column, has_values,
+    tensors, tiles, work,
     HV: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, IS_MAP: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free."""
+    q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles = tensors
+    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles
+    chunks, first_chunk, end, length, head, q_column, v_column, has_values = work
     BASE: gl.constexpr = (C * K + C * C) * 2 + 4 * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
     for i in range(chunks):
@@ -98,10 +100,9 @@ def loader(
 
 
 @gluon.jit
-def auxiliary(
-    q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES: gl.constexpr,
-):  # fmt: skip
+def auxiliary(tiles, chunks, STAGES: gl.constexpr):
     """P of each chunk, and the decay from each token to the chunk's end."""
+    q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -129,13 +130,15 @@ def auxiliary(
 
 @gluon.jit
 def state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-    ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later,
-    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
+    tiles, pointers, work,
     V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
     IS_MAP: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the state along the chunks."""
+    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, ready, free, p_ready = tiles
+    o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr = pointers
+    chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later = work[:11]
+    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row = work[11:]
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
@@ -233,20 +236,16 @@ def state(
 
 @gluon.jit
 def first_state(
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-    ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later,
-    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
+    tiles, pointers, work,
     V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
     IS_MAP: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
-        q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr,
-        ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known,
-        later, keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
+        tiles, pointers, work,
         V, K, PART, PARTS, STAGES, IS_MAP,
     )  # fmt: skip
-    return (chunks,)
+    return (work[0],)
 
 
 @gluon.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
@@ -395,71 +394,40 @@ def hopper_scan_kernel(
     q_column = h * K
     v_column = hv * V + first_row
     head = ((place + first_chunk) * HV + hv).to(gl.int32)
+    # sizes stay out of these tuples, where they would no longer be constants
+    tensors = (q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles)
+    loaded_tiles = (q_s, k_s, v_s, y_s, factor_s, ready, free)
+    loads = (chunks, first_chunk, end, length, head, q_column, v_column, has_values)
+    formed_tiles = (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready)
+    tiles = (q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, ready, free, p_ready)
+    pointers = (o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr)
+    work = (
+        chunks, first_chunk, end, length, v_column, has_values, initial, begin, final, known, later,
+        keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
+    )  # fmt: skip
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
-            (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
-            )),
-            (loader, (
-                q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
-            )),
+            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
+            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
         ], [1], [40])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
-            (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
-            )),
-            (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 1, PARTS, STAGES, IS_MAP,
-            )),
-            (loader, (
-                q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
-            )),
+            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
+            (state, (tiles, pointers, work, V, K, 1, PARTS, STAGES, IS_MAP)),
+            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
         ], [4, 1], [STATE_REGISTERS, 40])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
-            (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
-            )),
-            (auxiliary, (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES)),
-            (loader, (
-                q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
-            )),
+            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
+            (auxiliary, (formed_tiles, chunks, STAGES)),
+            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
         ], [4, 1], [AUXILIARY_REGISTERS, 40])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 0, PARTS, STAGES, IS_MAP,
-            )),
-            (state, (
-                q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, o_tiles, initial_ptr, start_ptr, final_ptr,
-                checkpoint_ptr, ready, free, p_ready, chunks, first_chunk, end, length, v_column, has_values,
-                initial, begin, final, known, later, keep, checkpoint, checkpoint_end, checkpoint_chunks,
-                stride_checkpoint, first_row, V, K, 1, PARTS, STAGES, IS_MAP,
-            )),
-            (auxiliary, (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready, chunks, STAGES)),
-            (loader, (
-                q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles, q_s, k_s, v_s, y_s, factor_s, ready, free,
-                chunks, first_chunk, end, length, head, q_column, v_column, has_values, HV, K, PARTS, STAGES, IS_MAP,
-            )),
+            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
+            (state, (tiles, pointers, work, V, K, 1, PARTS, STAGES, IS_MAP)),
+            (auxiliary, (formed_tiles, chunks, STAGES)),
+            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, 40])  # fmt: skip
 
 
