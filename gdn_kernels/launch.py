@@ -132,6 +132,18 @@ def target(device: torch.device) -> Target:
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """SMs of ``device``; an H100's where kernels are only compiled."""
+    if _forced_target is not None or device.type != "cuda":
+        return HOPPER_SMS
+    return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
 def has_fp8(target: Target) -> bool:
     """Whether kernels for ``target`` can write e4m3: from sm_89 on, and on gfx950; gfx942 has another format, fnuz."""
     if target.backend == "cuda":
@@ -225,7 +237,8 @@ class ScanConfig:
 @dataclasses.dataclass(frozen=True)
 class HopperScanConfig:
     """Chunk recurrence in Gluon: ``parts`` warpgroups a program, each with 64 rows of one head's ``[V, K]`` state;
-    ``stages`` chunks in shared memory; registers a thread of the state and of the auxiliary warps."""
+    ``stages`` chunks in shared memory; registers a thread of the state's second warpgroup and of those that form P or
+    o. The first warpgroup takes what is left."""
 
     parts: int
     stages: int
@@ -380,12 +393,16 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
     raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
-# The scan in Gluon, for a state of 64 and of 128 rows a program; and its map pass, which has no auxiliary warps.
-HOPPER_SCAN_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=96)
-HOPPER_SCAN_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=192, auxiliary_registers=88)
+# The scan in Gluon, for a state of 64 and of 128 rows a program; and its map pass, which has no output. H100, 2026-11-25,
+# us of the scan: heads 4/16 1x8192 with o by the state's own warpgroup 168, by two others 157; with products of its own
+# queued behind the chain's 181 to 230. 16/64 4x8192 with o copied by the state's warpgroups 602, by the auxiliary one
+# 571; o by a third warpgroup of 136 registers 678. What bounds it is shared memory: 209 KB a chunk and 64 rows.
+HOPPER_SCAN_NARROW = HopperScanConfig(parts=1, stages=4, state_registers=0, auxiliary_registers=128)
+HOPPER_SCAN_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=192, auxiliary_registers=96)
 HOPPER_MAP_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=0)
 HOPPER_MAP_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=232, auxiliary_registers=0)
-# SMs that a narrow program each may fill; a 64th row's bits are the same in either program.
+# SMs that a narrow program each may fill; a 64th row's bits are the same in either program. H100, 2026-11-25, us of the
+# whole, narrow and wide: 2/8 8x1024 53, 63; 16/48 1x2048 64, 87; 4/16 8x1024 73, 68; 16/32 8x1024 152, 149.
 HOPPER_SMS = 132
 
 
@@ -404,17 +421,19 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 # segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4. K = V = 128,
 # H100, 2026-11-23, us of map pass, joining and scan, beside the scan alone: heads 2/8 1x8192 25, 20, 29 in 8 segments,
 # 169; 1x32768 85, 21, 102, 661; 8x4096 75, 42, 111 in 4 segments, 96; 4/16 1x8192 44, 11, 53 in 4 segments, 169;
-# 1x32768 163, 11, 200, 661; 4x8192 137, 40, 204, 182; 8/32 1x32768 292, 21, 376 in 4 segments, 652.
+# 1x32768 163, 11, 200, 661; 4x8192 137, 40, 204, 182; 8/32 1x32768 292, 21, 376 in 4 segments, 652. The whole on
+# 2026-11-25, uncut and in 2, 4, 8: 4/16 1x8192 178, 191, 125, 144; 4/16 1x32768 682, -, 419, 440; 8/32 1x8192 190, 231;
+# 8/32 1x32768 732, 785, 858; 16/32 1x32768 766, 847, 820; 2/8 4x8192 204, 456, 288.
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192)),
     (16, SegmentConfig(max_segments=4, min_tokens=4096, long_tokens=16384)),
 )
-# The same where the number of sequences may be looked at, for at most so many states (sequences times value heads).
+# The same where the number of sequences may be looked at, for at most so many.
 THROUGHPUT_SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096)),
     (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192)),
 )
-THROUGHPUT_STATES = 32
+THROUGHPUT_SEQUENCES = 2
 NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)
 
 POLICIES = ("invariant", "throughput")
@@ -450,7 +469,7 @@ def segment_config(
     if has_descriptors(target):
         ladder = SEGMENT_LADDER
         if policy == "throughput":
-            ladder = THROUGHPUT_SEGMENT_LADDER if states <= THROUGHPUT_STATES else ()
+            ladder = THROUGHPUT_SEGMENT_LADDER if states <= THROUGHPUT_SEQUENCES * num_v_heads else ()
         config = next((config for limit, config in ladder if num_v_heads <= limit), NO_SEGMENTS)
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
 

@@ -284,3 +284,20 @@ def test_no_sequence_and_short_ones_have_no_maps():
     assert chunk_segments.num_maps(0, 9000, None, config) == 0
     assert chunk_segments.num_maps(3, config.long_tokens - 1, offsets((1, 2, 3)), config) == 0
     assert chunk_segments.num_maps(3, config.long_tokens, offsets((1, 2, 3)), config) > 0
+
+
+def test_joining_keeps_the_first_state_where_the_first_map_was():
+    config = settings(4, 256)
+    cu_seqlens = offsets((1100, 700))
+    num_maps = chunk_segments.num_maps(2, 1800, cu_seqlens, config)
+    maps, starts = torch.randn(num_maps, 2, 128, 64) / 16, torch.full((num_maps, 2, 64, 64), torch.nan)
+    before, pool = maps.clone(), torch.randn(3, 2, 64, 64)
+    chunk_segments.combine(
+        maps, starts, pool, cu_seqlens=cu_seqlens, count=2, tokens=1800, read=torch.tensor([2, 0], dtype=torch.int32),
+        has_initial_state=torch.tensor([True, False]), pad_slot_id=-1, config=config,
+    )  # fmt: skip
+    first = 1100 // config.min_tokens
+    assert torch.equal(maps[0, :, :64], pool[2]) and torch.equal(maps[first, :, :64], torch.zeros(2, 64, 64))
+    assert torch.equal(maps[:, :, 64:], before[:, :, 64:])
+    others = [j for j in range(num_maps) if j not in (0, first)]
+    assert torch.equal(maps[others], before[others])

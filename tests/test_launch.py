@@ -255,11 +255,11 @@ def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_head
     assert launch.prep_config(heads).inverse_heads == inverse_heads
 
 
-def test_throughput_looks_at_the_number_of_states() -> None:
+def test_throughput_looks_at_the_number_of_sequences() -> None:
     hopper = Target("cuda", 90)
-    config = launch.segment_config(8, 128, hopper, "throughput", 32)
+    config = launch.segment_config(8, 128, hopper, "throughput", 16)
     assert (config.max_segments, config.long_tokens) == (8, 4096)
-    assert launch.segment_config(8, 128, hopper, "throughput", 33).max_segments == 1
+    assert launch.segment_config(8, 128, hopper, "throughput", 24).max_segments == 1
     assert launch.segment_config(8, 128, hopper, "invariant", 33) == launch.segment_config(8, 128, hopper)
     assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
 

@@ -130,6 +130,42 @@ def test_a_program_of_either_size_gives_the_same_bits():
         assert torch.equal(o, found[0][0]) and torch.equal(state, found[0][1])
 
 
+@pytest.mark.parametrize("size", ["narrow", "wide"])
+def test_a_program_walks_many_short_sequences(size):
+    # far more states than SMs: copies run ahead from one sequence into the next, over empty ones and those without a slot
+    lengths = (1, 63, 64, 65, 700, 0, 129, 300, 5) * 3
+    inputs = delta_inputs(lengths, H=2, HV=16, K=128, V=128, dtype=torch.bfloat16, device="cuda", padding=9)
+    pin = launch.HOPPER_SCAN_NARROW if size == "narrow" else launch.HOPPER_SCAN_WIDE
+    with launch.pinned("chunk_hopper_scan", pin):
+        o, state = run(inputs)
+        check(inputs, o, state)
+        # the same from a pool, where every fourth sequence has no slot and every fifth no state to start from
+        slots = torch.arange(len(lengths), 0, -1, dtype=torch.int32, device="cuda")
+        pool = torch.zeros(len(lengths) + 1, 16, 128, 128, device="cuda")
+        pool[slots.long()] = inputs.initial_state
+        slots[::4] = -1
+        known = torch.ones(len(lengths), dtype=torch.bool, device="cuda")
+        known[::5] = False
+        before, out = pool.clone(), torch.full_like(inputs.v, torch.nan)
+        gdn_kernels.chunk_gated_delta_rule_paged(
+            *inputs.tensors, pool, out, slots, inputs.cu_seqlens, has_initial_state=known
+        )
+        fresh = gdn_kernels.chunk_gated_delta_rule(*inputs.tensors, cu_seqlens=inputs.cu_seqlens)
+    start = 0
+    for n, length in enumerate(lengths):
+        rows = slice(start, start + length)
+        start += length
+        if n % 4 == 0:
+            assert not out[:, rows].any(), n
+            assert torch.equal(pool[len(lengths) - n], before[len(lengths) - n]), n
+        else:
+            wanted_o, wanted_state = (o, state) if known[n] else fresh
+            assert torch.equal(out[:, rows], wanted_o[:, rows]), n
+            wanted = wanted_state[n] if length else before[len(lengths) - n]
+            assert torch.equal(pool[len(lengths) - n], wanted), n
+    assert torch.equal(out[:, start:], torch.zeros_like(out[:, start:]))
+
+
 def test_rows_without_offsets_and_padding_between_them():
     # rows of a batch lie apart: each has its own tail
     inputs = delta_inputs((400,), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, device="cuda")
@@ -143,7 +179,7 @@ def test_rows_without_offsets_and_padding_between_them():
 
 @pytest.mark.parametrize("interval", [64, 192])
 def test_checkpoints_and_slots_where_segments_are_asked_for(interval):
-    # states in place are not cut: a slot would be written beside the segment that reads it
+    # the last segment writes a slot beside the first, which reads it
     lengths = (1100, 300, 640)
     inputs = delta_inputs(lengths, H=1, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", gates="none")
     pool = torch.zeros(6, 4, 128, 128, device="cuda")

@@ -214,9 +214,6 @@ def _launch(
         from gdn_kernels.kernels import chunk_hopper
 
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
-        if read is not None:
-            # a pool in place: the last segment may write a slot before the first, which runs beside it, has read it
-            segments = launch.NO_SEGMENTS
         chunk_hopper.scan(
             q,
             k,

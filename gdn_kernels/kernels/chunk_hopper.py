@@ -2,13 +2,16 @@
 
 With Y of the preparation (kernels/chunk_prep.py: gates, beta and inverse norms of k are in it), per head and chunk:
 
-    P = scale G * tril(q^ k^T)                                          auxiliary warps
-    W = v - gamma * (k^ S^T),   U = Y^T W                               a warpgroup for each 64 rows of the state
+    P = scale G * tril(q^ k^T)
+    W = v - gamma * (k^ S^T),   U = Y^T W
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
-A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one. One warp
-copies tiles into shared memory, some chunks ahead; auxiliary warps form P; each state warpgroup holds its 64 rows in
-registers, as fp32 and as operand, everything transposed. Rows have the same bits in either size of program.
+A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one; then it
+takes its next such item, while copies of tiles into shared memory already run ahead. Each 64 rows of the state have a
+warpgroup, which holds them in registers, as fp32 and as operand, everything transposed. Its chain of products, k S^T,
+U and S, is what a lone sequence waits for. So with 64 rows it does no more, and hands S and U to two warpgroups that
+form P and o, in turn. With 128 rows there are registers for one auxiliary warpgroup, which forms P and copies o, and
+the two of the state fill each other's gaps. Rows have the same bits in either size of program.
 
 Rows of a tile past the end of the sequence arrive as zeros and are not written: a descriptor's first two dimensions
 shift its base so that its third ends where the sequence does (the addresses wrap at 2^64). So no neighbour's token,
@@ -37,6 +40,8 @@ C = gl.constexpr(CHUNK)
 ROWS = 1 << 30
 SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
+# Registers a thread of the loading warp.
+LOADER_REGISTERS = gl.constexpr(32)
 
 # Triton 3.9 has new names for what 3.6 has.
 _load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -57,198 +62,412 @@ def load_rows(tiles, end, length, row, column, ready, to):
 
 
 @gluon.jit
-def store_rows(tiles, end, length, row, column, values, through):
-    """Write the transpose of ``values`` to the sequence's rows from ``row`` on, but nothing past its end."""
+def store_rows(tiles, end, length, row, column, source):
+    """Begin to write a tile of 64 rows to the sequence's rows from ``row`` on, but nothing past its end."""
     shape: gl.constexpr = tiles.block_shape
-    tma.store_wait(0)
-    through.permute((1, 0)).store(values)
-    fence_async_shared()
-    source = through.reshape(shape)
+    source = source.reshape(shape)
     _store(tiles, [BILLION, end, BILLION - length + row, column], source)
 
 
 @gluon.jit
-def loader(
-    tensors, tiles, work,
-    HV: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, IS_MAP: gl.constexpr,
+def work_of(
+    item, batch,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of each chunk, as stages come free."""
-    q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles = tensors
-    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles
-    chunks, first_chunk, end, length, head, q_column, v_column, has_values = work
-    BASE: gl.constexpr = (C * K + C * C) * 2 + 4 * C * 4
-    VALUES: gl.constexpr = PARTS * C * C * 2
-    for i in range(chunks):
-        stage = i % STAGES
-        bar = ready.index(stage)
-        row = (first_chunk + i) * C
-        each = head + i * HV
-        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
+    """What number ``item`` of a launch is: rows of one head's state, along one sequence or segment.
+
+    Returns, for every role: whether the sequence has a slot, first chunk and chunks of 64 tokens, the token past the
+    sequence's end, its length, the value head, the first row of its state, and number of the first chunk in scratch.
+    For the state: the sequence, its segment's map, whether a segment comes before and whether it is the last, slots to
+    read and to write, whether it starts from the slot and keeps the state it ends with.
+    """
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id = batch
+    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
+    first_row = (item % BLOCKS) * (PARTS * C)
+    hv = (item // BLOCKS) % HV
+    n = (item // (BLOCKS * HV)).to(gl.int64)
+    before = n
+    later = item < 0
+    is_last = item >= 0
+    first_chunk = item * 0
+    if MAX_SEGMENTS > 1:
+        place_of_segment = n
         if IS_MAP:
-            mbarrier.expect(bar, BASE + VALUES, pred=has_values)
-            mbarrier.expect(bar, BASE, pred=not has_values)
-        else:
-            mbarrier.expect(bar, BASE + VALUES + C * K * 2)
-        load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
-        _load(factor_tiles, [each * (4 * C)], bar, factor_s.index(stage))
-        if has_values:
-            for part in gl.static_range(PARTS):
-                load_rows(v_tiles, end, length, row, v_column + part * C, bar, v_s.index(stage * PARTS + part))
-        _load(y_tiles, [each * C, 0], bar, y_s.index(stage))
+            place_of_segment += N
+        n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
+            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
+        )
+        is_last = segment == segments - 1
+        later = segment > 0
         if not IS_MAP:
-            load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
+            before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment
+    else:
+        row, start, length = span(cu_seqlens_ptr, n, T)
+        chunks = (length + C - 1) // C
+    if cu_seqlens_ptr is not None:
+        place = start // C + n
+    else:
+        place = n * ((T + C - 1) // C)
+    end = (row * T + start + length).to(gl.int32)
+    chunk_number = ((place + first_chunk) * HV + hv).to(gl.int32)
+    if IS_MAP:
+        read = n
+        write = n
+        active = chunks > 0
+        keep = active
+        known = active
+    else:
+        read, write, active, keep, known = slots(
+            read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
+        )
+        # the joining keeps the start of a first segment of several, whose slot may be written while it runs
+        known = known & (not later) & is_last
+        keep = keep & is_last
+    return (
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number,
+        n, before, later, is_last, read, write, known, keep,
+    )  # fmt: skip
 
 
 @gluon.jit
-def auxiliary(tiles, chunks, STAGES: gl.constexpr):
-    """P of each chunk, and the decay from each token to the chunk's end."""
-    q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready = tiles
+def loader(
+    tensors, tiles, batch, items,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
+    q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles = tensors
+    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles
+    BASE: gl.constexpr = (C * K + C * C) * 2 + 4 * C * 4
+    VALUES: gl.constexpr = PARTS * C * C * 2
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP)
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        has_values = first_row < V
+        q_column = hv // (HV // H) * K
+        v_column = hv * V + first_row
+        if active:
+            for i in range(chunks):
+                stage = turn % STAGES
+                bar = ready.index(stage)
+                row = (first_chunk + i) * C
+                each = chunk_number + i * HV
+                mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+                if IS_MAP:
+                    mbarrier.expect(bar, BASE + VALUES, pred=has_values)
+                    mbarrier.expect(bar, BASE, pred=not has_values)
+                else:
+                    mbarrier.expect(bar, BASE + VALUES + C * K * 2)
+                load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
+                _load(factor_tiles, [each * (4 * C)], bar, factor_s.index(stage))
+                if has_values:
+                    for part in gl.static_range(PARTS):
+                        load_rows(v_tiles, end, length, row, v_column + part * C, bar, v_s.index(stage * PARTS + part))
+                _load(y_tiles, [each * C, 0], bar, y_s.index(stage))
+                if not IS_MAP:
+                    load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
+                turn += 1
+
+
+@gluon.jit
+def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS: gl.constexpr):
+    """Zeros in rows ``first`` to ``last`` of one head's output."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // C, C // 8], [gl.num_warps(), 1], [1, 0])
+    o16 = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, C, gl.SliceLayout(0, layout))
+    zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
+    base = o_ptr + (hv.to(gl.int64) * stride_o_h + first_row)
+    for i in range(first, last, 16):
+        for part in gl.static_range(PARTS):
+            to = base + (i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + part * C + columns[None, :]))
+            gl.store(to, zeros, mask=(i + o16 < last)[:, None])
+
+
+@gluon.jit
+def auxiliary(
+    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P of each chunk, and the decay from each token to the chunk's end; then the copy of an earlier chunk's output,
+    two chunks behind so that no P waits for it."""
+    q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
-    for i in range(chunks):
-        stage = i % STAGES
-        # a stage that is ready again has been given back by all who read its P
-        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        p = warpgroup_mma(q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        factors = factor_s.index(stage)
-        gates_i = factors.slice(0, C).load(rows)
-        gates_j = factors.slice(0, C).load(columns)
-        scale_i = factors.slice(3 * C, C).load(rows)
-        last = gl.max(factors.slice(C - 1, 1).load(line), 0)
-        decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
-        p = warpgroup_mma_wait(0, [p])
-        p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
-        p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
-        fence_async_shared()
-        mbarrier.arrive(p_ready.index(stage))
-        mbarrier.arrive(free.index(stage))
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, False)
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        v_column = hv * V + first_row
+        if active:
+            for i in range(chunks + 2):
+                if i < chunks:
+                    now = turn + i
+                    stage = now % STAGES
+                    # a stage that is ready again has been given back by all who read its P
+                    mbarrier.wait(ready.index(stage), (now // STAGES) & 1)
+                    p = warpgroup_mma(
+                        q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+                    )
+                    factors = factor_s.index(stage)
+                    gates_i = factors.slice(0, C).load(rows)
+                    gates_j = factors.slice(0, C).load(columns)
+                    scale_i = factors.slice(3 * C, C).load(rows)
+                    last = gl.max(factors.slice(C - 1, 1).load(line), 0)
+                    decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
+                    p = warpgroup_mma_wait(0, [p])
+                    p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
+                    p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
+                    fence_async_shared()
+                    mbarrier.arrive(p_ready.index(stage))
+                    mbarrier.arrive(free.index(stage))
+                if i > 1:
+                    mbarrier.wait(o_ready, (turn + i) & 1)
+                    fence_async_shared()
+                    row = (first_chunk + i - 2) * C
+                    for part in gl.static_range(PARTS):
+                        store_rows(o_tiles, end, length, row, v_column + part * C, o_s.index(part))
+                    tma.store_wait(0)
+                    mbarrier.arrive(o_free)
+            turn += chunks
+        else:
+            first = end - length
+            last_row = first + gl.minimum((first_chunk + chunks) * C, length)
+            write_zeros(o_ptr, first + first_chunk * C, last_row, hv, first_row, stride_o_t, stride_o_h, PARTS)
+
+
+@gluon.jit
+def output(
+    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr,
+    STAGES: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
+    q_s, k_s, v_s, y_s, factor_s, ready, free, S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    dtype: gl.constexpr = k_s.dtype
+    lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
+    zeros = gl.zeros([C, C], gl.float32, layout)
+    mine_formed = S_formed.index(WHICH)
+    mine_taken = S_taken.index(WHICH)
+    mine_u_formed = u_formed.index(WHICH)
+    mine_u_taken = u_taken.index(WHICH)
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, False)
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        if active:
+            for i in range((turn + WHICH) % 2, chunks, 2):
+                now = turn + i
+                stage = now % STAGES
+                phase = (now // 2) & 1
+                mbarrier.wait(ready.index(stage), (now // STAGES) & 1)
+                q = q_s.index(stage).load(operand)
+                p = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                factors = factor_s.index(stage)
+                gates_i = factors.slice(0, C).load(rows)
+                gates_j = factors.slice(0, C).load(columns)
+                factor_q = factors.slice(2 * C, C).load(rows)
+                scale_i = factors.slice(3 * C, C).load(rows)
+                decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None]
+                p = warpgroup_mma_wait(0, [p])
+                p = gl.convert_layout(gl.where(lower, p * decay, 0.0).to(dtype), operand)
+                mbarrier.wait(mine_formed, phase)
+                o = warpgroup_mma(q, S_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                o = warpgroup_mma_wait(0, [o]) * factor_q[:, None]
+                mbarrier.arrive(mine_taken)
+                mbarrier.wait(mine_u_formed, phase)
+                o = warpgroup_mma(p, u_s.permute((1, 0)), o, is_async=True)
+                o = warpgroup_mma_wait(0, [o])
+                mbarrier.arrive(mine_u_taken)
+                # v of this chunk has been read: its tile takes o
+                v_s.index(stage).store(o.to(dtype))
+                fence_async_shared()
+                store_rows(o_tiles, end, length, (first_chunk + i) * C, hv * V + first_row, v_s.index(stage))
+                tma.store_wait(0)
+                mbarrier.arrive(free.index(stage))
+            turn += chunks
+        elif WHICH == 0:
+            first = end - length
+            last_row = first + gl.minimum((first_chunk + chunks) * C, length)
+            write_zeros(o_ptr, first + first_chunk * C, last_row, hv, first_row, stride_o_t, stride_o_h, 1)
 
 
 @gluon.jit
 def state(
-    tiles, pointers, work,
-    V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    IS_MAP: gl.constexpr,
+    tiles, pointers, strides, batch, items,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+    STAGES: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """64 rows of the state along the chunks."""
-    q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, ready, free, p_ready = tiles
-    o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr = pointers
-    chunks, first_chunk, end, length, v_column, has_values, initial, start, final, known, later = work[:11]
-    keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row = work[11:]
+    """64 rows of the state along the chunks, for one item after another."""
+    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
+    if IS_MAP:
+        own = tiles[7:]
+    elif PARTS == 1:
+        S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
+    else:
+        p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles[7:]
+    initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
+    stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     wide_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     columns: gl.constexpr = gl.SliceLayout(0, narrow)
     dtype: gl.constexpr = k_s.dtype
-    # one warpgroup has registers to keep the matrix units busy by itself; two fill each other's gaps
-    IS_ALONE: gl.constexpr = PARTS == 1
-    rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
-    inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
-
-    S = gl.zeros([C, K], gl.float32, wide)
-    if IS_MAP:
-        if not has_values:
-            diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
-            S = gl.where(diagonal, 1.0, S)
-    else:
-        if start_ptr is not None:
-            if later:
-                S = gl.load(start_ptr + start + inner)
-        if initial_ptr is not None:
-            if known:
-                S = gl.load(initial_ptr + initial + inner).to(gl.float32)
-    S_operand = gl.convert_layout(S.to(dtype), operand)
+    # one warpgroup alone hands what o is made of to two others: each product of its own would be a link in its chain
+    HANDS_OVER: gl.constexpr = PARTS == 1 and not IS_MAP
+    HAS_OUTPUT: gl.constexpr = PARTS == 2 and not IS_MAP
     zeros = gl.zeros([C, C], gl.float32, narrow)
-    if not IS_MAP:
-        o_tile = o_s.index(PART)
-        o = gl.zeros([C, C], dtype, narrow)
-    for i in range(chunks):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        row = (first_chunk + i) * C
-        mbarrier.wait(ready.index(stage), phase)
-        ks = warpgroup_mma(S_operand, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        if IS_ALONE and not IS_MAP:
-            qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        # what is left of the chunk before, while the matrix units work
-        if i > 0:
-            mbarrier.arrive(free.index((i - 1) % STAGES))
-            if not IS_MAP:
-                store_rows(o_tiles, end, length, row - C, v_column + PART * C, o, o_tile)
-        factors = factor_s.index(stage)
-        factor_k = factors.slice(C, C).load(columns)
-        v = gl.zeros([C, C], dtype, narrow)
-        if has_values:
-            v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
-        if IS_ALONE and not IS_MAP:
-            ks = warpgroup_mma_wait(1, [ks])
-        else:
-            ks = warpgroup_mma_wait(0, [ks])
-        w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
-        u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
-        last = gl.max(factors.slice(C - 1, 1).load(columns), 0)
-        S = S * gl.exp2(last)
+    turn = items * 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP)
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        n, before, later, is_last, read, write, known, keep = work[8:]
+        has_values = first_row < V
+        rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
+        inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+        checkpoint = n * 0
+        checkpoint_end = n * 0
+        if checkpoint_ptr is not None:
+            checkpoint = gl.load(checkpoint_offset_ptr + n).to(gl.int64)
+            checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
+            checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
+            checkpoint += first_chunk // checkpoint_chunks
+
+        S = gl.zeros([C, K], gl.float32, wide)
         if IS_MAP:
-            decay = gl.exp2(last - factors.slice(0, C).load(columns))
+            if not has_values:
+                diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+                S = gl.where(diagonal, 1.0, S)
         else:
-            factor_q = factors.slice(2 * C, C).load(columns)
-            if IS_ALONE:
-                qs = warpgroup_mma_wait(1, [qs])
-                o_sum = qs * factor_q[None, :]
-            mbarrier.wait(p_ready.index(stage), phase)
-            decay = decay_s.index(stage).load(columns)
-        u = warpgroup_mma_wait(0, [u])
-        u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
-        if IS_MAP:
-            S = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
-            S = warpgroup_mma_wait(0, [S])
-            S_operand = gl.convert_layout(S.to(dtype), operand)
-        else:
-            u_operand = gl.convert_layout(u.to(dtype), operand)
-            S_sum = warpgroup_mma(u_decayed, k_s.index(stage), S, is_async=True)
-            if not IS_ALONE:
-                qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-                qs = warpgroup_mma_wait(0, [qs])
-                o_sum = qs * factor_q[None, :]
-            o_sum = warpgroup_mma(u_operand, p_s.index(stage).permute((1, 0)), o_sum, is_async=True)
-            # nothing may be under way where S is rounded but what does not read its operand: ptxas serialises all else
-            S = warpgroup_mma_wait(1, [S_sum])
-            S_operand = gl.convert_layout(S.to(dtype), operand)
-            o = warpgroup_mma_wait(0, [o_sum]).to(dtype)
-            if checkpoint_ptr is not None:
-                whole = (first_chunk + i + 1) % checkpoint_chunks == 0
-                due = whole & (row + C <= length) & (checkpoint >= 0) & (checkpoint < checkpoint_end)
-                if due:
-                    gl.store(checkpoint_ptr + checkpoint * stride_checkpoint + inner, S)
-                checkpoint += whole.to(gl.int64)
-    if not IS_MAP:
-        if chunks > 0:
-            store_rows(o_tiles, end, length, (first_chunk + chunks - 1) * C, v_column + PART * C, o, o_tile)
-        tma.store_wait(0)
-    if keep:
-        gl.store(final_ptr + final + inner, S.to(final_ptr.dtype.element_ty))
+            if start_ptr is not None:
+                if later:
+                    S = gl.load(start_ptr + ((before - 1) * HV + hv) * (V * K) + inner)
+                elif not is_last:
+                    S = gl.load(map_ptr + (before * HV + hv) * ((V + K) * K) + inner)
+            if initial_ptr is not None:
+                if known:
+                    S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
+        S16 = S.to(dtype)
+        if HAS_OUTPUT:
+            o = gl.zeros([C, C], dtype, narrow)
+        if active:
+            for i in range(chunks):
+                stage = turn % STAGES
+                phase = (turn // STAGES) & 1
+                mbarrier.wait(ready.index(stage), phase)
+                factors = factor_s.index(stage)
+                k_tile = k_s.index(stage)
+                factor_k = factors.slice(C, C).load(columns)
+                last = gl.max(factors.slice(C - 1, 1).load(columns), 0)
+                if not HAS_OUTPUT:
+                    decay = gl.exp2(last - factors.slice(0, C).load(columns))
+                if IS_MAP:
+                    v = gl.zeros([C, C], dtype, narrow)
+                    if has_values:
+                        v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
+                else:
+                    v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
+                if HANDS_OVER:
+                    # chunks go to one warpgroup and the other; the chunk before has to be taken
+                    mbarrier.wait(S_taken.index((turn + 1) % 2), ((turn + 1) // 2 + 1) & 1)
+                    S_s.store(S16)
+                S_operand = gl.convert_layout(S16, operand)
+                ks = warpgroup_mma(S_operand, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                if HANDS_OVER:
+                    fence_async_shared()
+                    mbarrier.arrive(S_formed.index(turn % 2))
+                if HAS_OUTPUT:
+                    # what is left of the chunk before, while the matrix units work
+                    if i > 0:
+                        mbarrier.arrive(free.index((turn - 1) % STAGES))
+                        mbarrier.wait(o_free, turn & 1)
+                        o_s.index(PART).permute((1, 0)).store(o)
+                        mbarrier.arrive(o_ready)
+                ks = warpgroup_mma_wait(0, [ks])
+                w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
+                u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
+                S = S * gl.exp2(last)
+                if HAS_OUTPUT:
+                    factor_q = factors.slice(2 * C, C).load(columns)
+                    mbarrier.wait(p_ready.index(stage), phase)
+                    decay = decay_s.index(stage).load(columns)
+                u = warpgroup_mma_wait(0, [u])
+                u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
+                if HAS_OUTPUT:
+                    u_operand = gl.convert_layout(u.to(dtype), operand)
+                    S_sum = warpgroup_mma(u_decayed, k_tile, S, is_async=True)
+                    S_operand = gl.convert_layout(S16, operand)
+                    qs = warpgroup_mma(S_operand, q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+                    qs = warpgroup_mma_wait(0, [qs])
+                    o_scaled = qs * factor_q[None, :]
+                    o_sum = warpgroup_mma(u_operand, p_s.index(stage).permute((1, 0)), o_scaled, is_async=True)
+                    # nothing may be under way where S is rounded but what does not read its operand: ptxas serialises
+                    # all else
+                    S = warpgroup_mma_wait(1, [S_sum])
+                    S16 = S.to(dtype)
+                    o = warpgroup_mma_wait(0, [o_sum]).to(dtype)
+                else:
+                    S_sum = warpgroup_mma(u_decayed, k_tile, S, is_async=True)
+                    if HANDS_OVER:
+                        mbarrier.wait(u_taken.index((turn + 1) % 2), ((turn + 1) // 2 + 1) & 1)
+                        u_s.store(u.to(dtype))
+                        fence_async_shared()
+                        mbarrier.arrive(u_formed.index(turn % 2))
+                    S = warpgroup_mma_wait(0, [S_sum])
+                    S16 = S.to(dtype)
+                    mbarrier.arrive(free.index(stage))
+                if not IS_MAP and checkpoint_ptr is not None:
+                    whole = (first_chunk + i + 1) % checkpoint_chunks == 0
+                    due = whole & ((first_chunk + i + 1) * C <= length)
+                    if due & (checkpoint >= 0) & (checkpoint < checkpoint_end):
+                        to = checkpoint_ptr + (checkpoint * stride_checkpoint + hv * (V * K))
+                        gl.store(to + inner, S)
+                    checkpoint += whole.to(gl.int64)
+                turn += 1
+            if HAS_OUTPUT:
+                if chunks > 0:
+                    mbarrier.wait(o_free, turn & 1)
+                    o_s.index(PART).permute((1, 0)).store(o)
+                    mbarrier.arrive(o_ready)
+                    mbarrier.arrive(free.index((turn - 1) % STAGES))
+        if keep:
+            if IS_MAP:
+                final = ((item // ((V + K) // (PARTS * C) * HV)).to(gl.int64) * HV + hv) * ((V + K) * K)
+            else:
+                final = write * stride_final + hv * (V * K)
+            gl.store(final_ptr + final + inner, S.to(final_ptr.dtype.element_ty))
 
 
 @gluon.jit
 def first_state(
-    tiles, pointers, work,
-    V: gl.constexpr, K: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    IS_MAP: gl.constexpr,
+    tiles, pointers, strides, batch, items,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
-        tiles, pointers, work,
-        V, K, PART, PARTS, STAGES, IS_MAP,
+        tiles, pointers, strides, batch, items,
+        HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
     )  # fmt: skip
-    return (work[0],)
+    return (items,)
 
 
-@gluon.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
+@gluon.jit(do_not_specialize=["N", "T", "items", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
 def hopper_scan_kernel(
     q_tiles,
     k_tiles,
@@ -259,6 +478,7 @@ def hopper_scan_kernel(
     o_ptr,
     initial_ptr,
     start_ptr,
+    map_ptr,
     final_ptr,
     checkpoint_ptr,
     cu_seqlens_ptr,
@@ -268,6 +488,7 @@ def hopper_scan_kernel(
     checkpoint_offset_ptr,
     N: gl.int32,
     T: gl.int32,
+    items: gl.int32,
     num_slots: gl.int32,
     pad_slot_id: gl.int32,
     num_checkpoints: gl.int32,
@@ -290,145 +511,99 @@ def hopper_scan_kernel(
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
 ):
-    """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment.
+    """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment; one such item after another.
 
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final``.
     """
-    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
-    pid = gl.program_id(0)
-    first_row = (pid % BLOCKS) * (PARTS * C)
-    hv = (pid // BLOCKS) % HV
-    n = (pid // (BLOCKS * HV)).to(gl.int64)
-    h = hv // (HV // H)
-
-    place_of_segment = n
-    if IS_MAP:
-        place_of_segment += N
-    segment = n.to(gl.int32) * 0
-    is_last = segment == 0
-    first_chunk = segment
-    if MAX_SEGMENTS > 1:
-        n, segment, segments, first_chunk, chunks, batch, start, length = segment_of(
-            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
-        )
-        is_last = segment == segments - 1
-    else:
-        batch, start, length = span(cu_seqlens_ptr, n, T)
-        chunks = (length + C - 1) // C
-    if cu_seqlens_ptr is not None:
-        place = start // C + n
-    else:
-        place = n * ((T + C - 1) // C)
-    end = (batch * T + start + length).to(gl.int32)
-    has_values = first_row < V
-    checkpoint = n * 0
-    checkpoint_end = n * 0
-    if IS_MAP:
-        known = has_values
-        later = has_values
-        keep = chunks > 0
-        initial = n * 0
-        final = ((place_of_segment - N) * HV + hv) * ((V + K) * K)
-    else:
-        read, write, active, keep, known = slots(
-            read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
-        )
-        later = segment > 0
-        if MAX_SEGMENTS > 1:
-            known = known & (segment == 0)
-            keep = keep & is_last
-        if not active:
-            # a sequence without a slot: zeros
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // C, C // 8], [gl.num_warps(), 1], [1, 0])
-            o16 = gl.arange(0, 16, gl.SliceLayout(1, layout))
-            columns = gl.arange(0, C, gl.SliceLayout(0, layout))
-            o_base = o_ptr + ((end - length).to(gl.int64) * stride_o_t + hv * stride_o_h + first_row)
-            zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
-            for i in range(first_chunk * C, gl.minimum((first_chunk + chunks) * C, length), 16):
-                for each in gl.static_range(PARTS):
-                    to = (
-                        o_base + i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + each * C + columns[None, :])
-                    )
-                    gl.store(to, zeros, mask=(i + o16 < length)[:, None])
-            chunks = chunks * 0
-        if checkpoint_ptr is not None:
-            checkpoint = gl.load(checkpoint_offset_ptr + n).to(gl.int64)
-            checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
-            checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
-            checkpoint += first_chunk // checkpoint_chunks
-            checkpoint_ptr += hv * (V * K)
-        initial = read * stride_initial + hv * (V * K)
-        final = write * stride_final + hv * (V * K)
-
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_s = gl.allocate_shared_memory(dtype, [STAGES, C, K], rows_of_K)
     y_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
     v_s = gl.allocate_shared_memory(dtype, [STAGES * PARTS, C, C], rows_of_64)
     factor_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], factor_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    if IS_MAP:
-        q_s = k_s
-        p_s = y_s
-        o_s = y_s
-        decay_s = factor_s
-    else:
-        q_s = gl.allocate_shared_memory(dtype, [STAGES, C, K], rows_of_K)
-        p_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
-        o_s = gl.allocate_shared_memory(dtype, [PARTS, C, C], rows_of_64)
-        decay_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], plain)
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=PARTS if IS_MAP else PARTS + 1)
-        mbarrier.init(p_ready.index(stage), count=1)
+    q_s = k_s
+    if not IS_MAP:
+        q_s = gl.allocate_shared_memory(dtype, [STAGES, C, K], rows_of_K)
+    loaded = (q_s, k_s, v_s, y_s, factor_s, ready, free)
+    if IS_MAP:
+        own = ()
+    elif PARTS == 1:
+        S_s = gl.allocate_shared_memory(dtype, [C, K], rows_of_K)
+        u_s = gl.allocate_shared_memory(dtype, [C, C], rows_of_64)
+        S_formed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        S_taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        u_formed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        u_taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for which in gl.static_range(2):
+            mbarrier.init(S_formed.index(which), count=1)
+            mbarrier.init(S_taken.index(which), count=1)
+            mbarrier.init(u_formed.index(which), count=1)
+            mbarrier.init(u_taken.index(which), count=1)
+        own = (S_s, u_s, S_formed, S_taken, u_formed, u_taken)
+    else:
+        p_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
+        o_s = gl.allocate_shared_memory(dtype, [PARTS, C, C], rows_of_64)
+        decay_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        o_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        o_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(p_ready.index(stage), count=1)
+        mbarrier.init(o_ready, count=PARTS)
+        mbarrier.init(o_free, count=1)
+        own = (p_s, o_s, decay_s, p_ready, o_ready, o_free)
     fence_async_shared()
 
-    begin = n * 0
-    if MAX_SEGMENTS > 1 and not IS_MAP:
-        before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment - 1
-        begin = (before * HV + hv) * (V * K)
-    q_column = h * K
-    v_column = hv * V + first_row
-    head = ((place + first_chunk) * HV + hv).to(gl.int32)
     # sizes stay out of these tuples, where they would no longer be constants
+    batch = (cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id)
     tensors = (q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles)
-    loaded_tiles = (q_s, k_s, v_s, y_s, factor_s, ready, free)
-    loads = (chunks, first_chunk, end, length, head, q_column, v_column, has_values)
-    formed_tiles = (q_s, k_s, p_s, decay_s, factor_s, ready, free, p_ready)
-    tiles = (q_s, k_s, v_s, y_s, p_s, o_s, decay_s, factor_s, ready, free, p_ready)
-    pointers = (o_tiles, initial_ptr, start_ptr, final_ptr, checkpoint_ptr)
-    work = (
-        chunks, first_chunk, end, length, v_column, has_values, initial, begin, final, known, later,
-        keep, checkpoint, checkpoint_end, checkpoint_chunks, stride_checkpoint, first_row,
-    )  # fmt: skip
+    tiles = loaded + own
+    pointers = (initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr)
+    strides = (stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks)
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
-            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
-        ], [1], [40])  # fmt: skip
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+        ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
-            (state, (tiles, pointers, work, V, K, 1, PARTS, STAGES, IS_MAP)),
-            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
-        ], [4, 1], [STATE_REGISTERS, 40])  # fmt: skip
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+        ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
-            (auxiliary, (formed_tiles, chunks, STAGES)),
-            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
-        ], [4, 1], [AUXILIARY_REGISTERS, 40])  # fmt: skip
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, 0)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, 1)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+        ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, work, V, K, 0, PARTS, STAGES, IS_MAP)),
-            (state, (tiles, pointers, work, V, K, 1, PARTS, STAGES, IS_MAP)),
-            (auxiliary, (formed_tiles, chunks, STAGES)),
-            (loader, (tensors, loaded_tiles, loads, HV, K, PARTS, STAGES, IS_MAP)),
-        ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, 40])  # fmt: skip
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
+                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
+            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V, PARTS,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+        ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
 def _layout(x, shape):
@@ -490,26 +665,29 @@ def scan(
         launch.descriptor(factors, [factors.numel()], [1], [4 * CHUNK], _layout(factors, (4 * CHUNK,))),
         _tiles(o, CHUNK),
     )
-    starts = None
+    maps = starts = None
     num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
     if num_maps:
         maps = launch.empty(factors, num_maps, HV, V + K, K)
         starts = launch.empty(factors, num_maps, HV, V, K)
 
     def start(config, initial, final, is_map, **tensors):
+        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK))
         launch.run(
             hopper_scan_kernel,
-            ((num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK)),),
+            (min(items, launch.multiprocessors(q.device)),),
             *tiles,
             o,
             initial,
             tensors.get("starts"),
+            tensors.get("maps"),
             final,
             tensors.get("checkpoints"),
             cu_seqlens,
             *(tensors.get(name) for name in ("read", "write", "has_initial_state", "checkpoint_offsets")),
             count,
             tokens,
+            items,
             final.shape[0],
             pad_slot_id,
             0 if checkpoints is None else checkpoints.shape[0],
@@ -534,7 +712,7 @@ def scan(
             AUXILIARY_REGISTERS=config.auxiliary_registers,
         )
 
-    if starts is not None:
+    if num_maps:
         start(map_config, None, maps, True)
         chunk_segments.combine(
             maps,
@@ -554,6 +732,7 @@ def scan(
         final,
         False,
         starts=starts,
+        maps=maps,
         checkpoints=checkpoints,
         read=read,
         write=write,

@@ -138,22 +138,15 @@ def norms_of(squares, USE_QK_L2NORM: tl.constexpr):
 
 
 @triton.jit
-def decayed(y, b, m, gate_ptrs):
+def decayed(y, b, m, rows, columns):
     """A block of Y on the diagonal, with ``b`` along rows, ``m`` along columns and G."""
-    o16 = tl.arange(0, BLOCK)
-    rows = tl.load(gate_ptrs + o16)[:, None]
-    columns = tl.load(gate_ptrs + o16)[None, :]
     # no exponent is positive on or above the diagonal
     return y * (b * m * tl.exp2(tl.minimum(columns - rows, 0.0)))
 
 
 @triton.jit
-def decayed_from(y, b, m, row_gate_ptrs, gate_ptrs):
-    """The same for a block whose columns are of a later block: from a row to that block's first token, then on."""
-    o16 = tl.arange(0, BLOCK)
-    rows = tl.load(row_gate_ptrs + o16)[:, None]
-    columns = tl.load(gate_ptrs + o16)[None, :]
-    first = tl.load(gate_ptrs)
+def decayed_from(y, b, m, rows, columns, first):
+    """The same for a block whose columns are of a later block: from a row to that block's ``first`` token, then on."""
     return y * ((b * tl.exp2(first - rows)) * (m * tl.exp2(columns - first)))
 
 
@@ -311,35 +304,49 @@ def inverse_kernel(
             gate_ptrs = factor_ptr + (place * HV + hv0 + each) * (4 * C)
             # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
             y_base = y_ptr + (place * HV + hv0 + each) * (C * C) + tile
-            b = tl.load(gate_ptrs + C + 48 + r)
-            b_columns = tl.load(gate_ptrs + C + 48 + c)
-            L = tl.where(lower, A33 * b, 0.0)
-            T33, Y33 = inverse_block(L, tl.where(upper, A33 * b_columns, 0.0), OPERAND)
-            T3_high, T3_low = split(T33 * -b_columns, OPERAND)
-            y = side_by_side(none, none, none, decayed(Y33, b, m3, gate_ptrs + 48).to(DTYPE))
+            # all of them before the first store, which loads do not pass
+            b0 = tl.load(gate_ptrs + C + 0 + r)
+            c0 = tl.load(gate_ptrs + C + 0 + c)
+            g0 = tl.load(gate_ptrs + 0 + r)
+            h0 = tl.load(gate_ptrs + 0 + c)
+            b1 = tl.load(gate_ptrs + C + 16 + r)
+            c1 = tl.load(gate_ptrs + C + 16 + c)
+            g1 = tl.load(gate_ptrs + 16 + r)
+            h1 = tl.load(gate_ptrs + 16 + c)
+            b2 = tl.load(gate_ptrs + C + 32 + r)
+            c2 = tl.load(gate_ptrs + C + 32 + c)
+            g2 = tl.load(gate_ptrs + 32 + r)
+            h2 = tl.load(gate_ptrs + 32 + c)
+            b3 = tl.load(gate_ptrs + C + 48 + r)
+            c3 = tl.load(gate_ptrs + C + 48 + c)
+            g3 = tl.load(gate_ptrs + 48 + r)
+            h3 = tl.load(gate_ptrs + 48 + c)
+            f1 = tl.load(gate_ptrs + 16)
+            f2 = tl.load(gate_ptrs + 32)
+            f3 = tl.load(gate_ptrs + 48)
+            L = tl.where(lower, A33 * b3, 0.0)
+            T33, Y33 = inverse_block(L, tl.where(upper, A33 * c3, 0.0), OPERAND)
+            T3_high, T3_low = split(T33 * -c3, OPERAND)
+            y = side_by_side(none, none, none, decayed(Y33, b3, m3, g3, h3).to(DTYPE))
             tl.store(y_base + 48 * C, y)
 
-            b = tl.load(gate_ptrs + C + 32 + r)
-            b_columns = tl.load(gate_ptrs + C + 32 + c)
-            L = tl.where(lower, A22 * b, 0.0)
-            T22, Y22 = inverse_block(L, tl.where(upper, A22 * b_columns, 0.0), OPERAND)
-            T2_high, T2_low = split(T22 * -b_columns, OPERAND)
+            L = tl.where(lower, A22 * b2, 0.0)
+            T22, Y22 = inverse_block(L, tl.where(upper, A22 * c2, 0.0), OPERAND)
+            T2_high, T2_low = split(T22 * -c2, OPERAND)
             Y22_high, Y22_low = split(Y22, OPERAND)
             sums = add_whole_product(zero, Y22_high, Y22_low, A32_high, A32_low)
             Y32 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
                 none,
                 none,
-                decayed(Y22, b, m2, gate_ptrs + 32).to(DTYPE),
-                decayed_from(Y32, b, m3, gate_ptrs + 32, gate_ptrs + 48).to(DTYPE),
+                decayed(Y22, b2, m2, g2, h2).to(DTYPE),
+                decayed_from(Y32, b2, m3, g2, h3, f3).to(DTYPE),
             )
             tl.store(y_base + 32 * C, y)
 
-            b = tl.load(gate_ptrs + C + 16 + r)
-            b_columns = tl.load(gate_ptrs + C + 16 + c)
-            L = tl.where(lower, A11 * b, 0.0)
-            T11, Y11 = inverse_block(L, tl.where(upper, A11 * b_columns, 0.0), OPERAND)
-            T1_high, T1_low = split(T11 * -b_columns, OPERAND)
+            L = tl.where(lower, A11 * b1, 0.0)
+            T11, Y11 = inverse_block(L, tl.where(upper, A11 * c1, 0.0), OPERAND)
+            T1_high, T1_low = split(T11 * -c1, OPERAND)
             Y11_high, Y11_low = split(Y11, OPERAND)
             sums = add_whole_product(zero, Y11_high, Y11_low, A21_high, A21_low)
             Y21 = add_product(zero, sums.to(OPERAND), T2_high, T2_low)
@@ -349,16 +356,14 @@ def inverse_kernel(
             Y31 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
                 none,
-                decayed(Y11, b, m1, gate_ptrs + 16).to(DTYPE),
-                decayed_from(Y21, b, m2, gate_ptrs + 16, gate_ptrs + 32).to(DTYPE),
-                decayed_from(Y31, b, m3, gate_ptrs + 16, gate_ptrs + 48).to(DTYPE),
+                decayed(Y11, b1, m1, g1, h1).to(DTYPE),
+                decayed_from(Y21, b1, m2, g1, h2, f2).to(DTYPE),
+                decayed_from(Y31, b1, m3, g1, h3, f3).to(DTYPE),
             )
             tl.store(y_base + 16 * C, y)
 
-            b = tl.load(gate_ptrs + C + r)
-            b_columns = tl.load(gate_ptrs + C + c)
-            L = tl.where(lower, A00 * b, 0.0)
-            _, Y00 = inverse_block(L, tl.where(upper, A00 * b_columns, 0.0), OPERAND)
+            L = tl.where(lower, A00 * b0, 0.0)
+            _, Y00 = inverse_block(L, tl.where(upper, A00 * c0, 0.0), OPERAND)
             Y00_high, Y00_low = split(Y00, OPERAND)
             sums = add_whole_product(zero, Y00_high, Y00_low, A10_high, A10_low)
             Y10 = add_product(zero, sums.to(OPERAND), T1_high, T1_low)
@@ -372,19 +377,19 @@ def inverse_kernel(
             sums = add_whole_product(sums, Y20_high, Y20_low, A32_high, A32_low)
             Y30 = add_product(zero, sums.to(OPERAND), T3_high, T3_low)
             y = side_by_side(
-                decayed(Y00, b, m0, gate_ptrs).to(DTYPE),
-                decayed_from(Y10, b, m1, gate_ptrs, gate_ptrs + 16).to(DTYPE),
-                decayed_from(Y20, b, m2, gate_ptrs, gate_ptrs + 32).to(DTYPE),
-                decayed_from(Y30, b, m3, gate_ptrs, gate_ptrs + 48).to(DTYPE),
+                decayed(Y00, b0, m0, g0, h0).to(DTYPE),
+                decayed_from(Y10, b0, m1, g0, h1, f1).to(DTYPE),
+                decayed_from(Y20, b0, m2, g0, h2, f2).to(DTYPE),
+                decayed_from(Y30, b0, m3, g0, h3, f3).to(DTYPE),
             )
             tl.store(y_base, y)
 
             # no thread reads beta any more
             tl.debug_barrier()
-            tl.store(gate_ptrs + C + c, tl.exp2(tl.load(gate_ptrs + c)) * m0)
-            tl.store(gate_ptrs + C + 16 + c, tl.exp2(tl.load(gate_ptrs + 16 + c)) * m1)
-            tl.store(gate_ptrs + C + 32 + c, tl.exp2(tl.load(gate_ptrs + 32 + c)) * m2)
-            tl.store(gate_ptrs + C + 48 + c, tl.exp2(tl.load(gate_ptrs + 48 + c)) * m3)
+            tl.store(gate_ptrs + C + c, tl.exp2(h0) * m0)
+            tl.store(gate_ptrs + C + 16 + c, tl.exp2(h1) * m1)
+            tl.store(gate_ptrs + C + 32 + c, tl.exp2(h2) * m2)
+            tl.store(gate_ptrs + C + 48 + c, tl.exp2(h3) * m3)
 
 
 @triton.jit(do_not_specialize=["N", "T"])

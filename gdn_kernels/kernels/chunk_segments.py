@@ -14,8 +14,9 @@ N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN p
 in T tokens, those past N hold the segments that have a map, and maps and starts are numbered from there.
 
 maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; both fp32, K
-last. The products are of fp32 operands in three products of tf32 each, about fp32's precision: what a map
-loses, every later token loses.
+last. The joining leaves the first segment's start where the first map's B was: a pool's slot may be written by a
+sequence's last segment before its first has read it. The products are of fp32 operands in three products of tf32 each,
+about fp32's precision: what a map loses, every later token loses.
 
 Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
 """
@@ -133,6 +134,7 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
+            S_first = S
             first = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
             # maps do not wait for the state: they are loaded ahead of it
             for j in tl.range(0, segments - 1, num_stages=STAGES):
@@ -142,6 +144,9 @@ def combine_kernel(
                 B = tl.load(map_ptr + row * K + inner)
                 S = tl.dot(S, A, B, input_precision=PRECISION)
                 tl.store(starts_ptr + (head * V + row) * K + inner, S)
+            # in the place of the B that was read first, by this program alone
+            tl.debug_barrier()
+            tl.store(maps_ptr + (first * HV + hv) * ((V + K) * K) + row * K + inner, S_first)
 
 
 def num_maps(count, tokens, cu_seqlens, config):
