@@ -1,0 +1,252 @@
+"""On a GPU: pieces captured for a list of token counts, plans replayed whole, padding of NaN, two streams."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from test_capture_gpu import no_synchronisation, poison, side_stream
+from token_cases import assert_same_bits
+
+from gdn_kernels import graphs, nn
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN, H, HV, K, V = 256, 2, 4, 128, 128
+SLOTS, SIZES = 12, (1, 8, 64, 150)
+CUTS = ("operator", "segments")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+class Model(torch.nn.Module):
+    """Two mixers with a norm and a residual around each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        factory = {"device": "cuda", "dtype": torch.bfloat16}
+        self.norms = torch.nn.ModuleList(nn.RMSNormGated(HIDDEN, **factory) for _ in range(2))
+        self.mixers = torch.nn.ModuleList(
+            nn.GatedDeltaNet(HIDDEN, H, HV, K, V, layer_id=i, **factory) for i in range(2)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, mixer in zip(self.norms, self.mixers, strict=True):
+            x = x + mixer(norm(x))
+        return x
+
+    def states(self) -> dict[int, graphs.LayerState]:
+        generator = torch.Generator(device="cuda").manual_seed(1)
+        layers = {i: mixer.allocate_states(SLOTS) for i, mixer in enumerate(self.mixers)}
+        for pool in pools(layers):
+            pool.copy_(torch.randn(pool.shape, generator=generator, device="cuda"))
+        return layers
+
+
+def pools(layers: dict[int, graphs.LayerState]) -> list[torch.Tensor]:
+    return [pool for layer in layers.values() for pool in (layer.conv_state, layer.recurrent_state)]
+
+
+def tokens(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(count, HIDDEN, generator=generator, device="cuda").bfloat16()
+
+
+def captured(model: Model, cut: str) -> graphs.PiecewiseRunner:
+    runner = graphs.PiecewiseRunner(model, SIZES, cut=cut)
+    runner.capture(model.states(), tokens(2))
+    return runner
+
+
+# lengths, slots, whether it is a decode; the states go on from batch to batch
+BATCHES = (
+    ([3, 1], [2, 0], False),
+    ([1] * 7, [0, 5, 2, -1, 9, 11, 4], True),
+    ([1, 60, 0, 65], [5, 3, 1, 7], False),
+    ([1], [4], True),
+    ([130, 20], [1, 6], False),
+    ([1, 40, 1], [8, 3, 10], False),
+    ([200, 3], [3, 0], False),
+    ([1] * 8, [7, 6, 5, 4, 3, 2, 1, 0], True),
+    ([150], [2], False),
+)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut):
+    model = Model()
+    runner = captured(model, cut)
+    assert runner.captured == dict.fromkeys(SIZES, 3)
+    # what a replay reads of freed memory shows
+    poison()
+    ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(10, 300, device="cuda")
+    for number, (lengths, slots, decode) in enumerate(BATCHES):
+        count = sum(lengths)
+        x = tokens(count, number)
+        plan.fill(lengths, slots, has_initial_state=[bool((number + i) % 2) for i in range(len(lengths))])
+        metadata = plan.batch(len(lengths)) if decode else plan.batch()
+        past = count > SIZES[-1]
+        size = count + number if past else next(size for size in SIZES if size >= count)
+        # what the model gives at the same number of rows: a projection's kernel, and so its rounding, follows it
+        with graphs.forward_context(theirs, metadata):
+            wanted = model(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
+        runner.input.fill_(torch.nan)
+        with graphs.forward_context(ours, metadata):
+            found = runner(torch.cat([x, x.new_full((number, HIDDEN), torch.nan)]), count)
+        assert len(found) == count + number and not found[count:].any() and torch.isfinite(found).all()
+        assert_same_bits([found[:count], *pools(ours)], [wanted, *pools(theirs)], f"batch {number}")
+    assert (runner.replays, runner.eager) == (len(BATCHES) - 1, 1)
+    assert runner.graphs == (cut == "operator")
+
+
+def test_pieces_compiled_by_inductor_replay_with_their_own_bits():
+    """Against the same compiled pieces outside a graph: what replays is what was compiled."""
+    model = Model()
+    runner = graphs.PiecewiseRunner(model, SIZES, inner="inductor")
+    runner.capture(model.states(), tokens(2))
+    poison()
+    ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(4, 150, device="cuda")
+    for seed, lengths in enumerate(([30, 20], [64, 0, 1], [150], [1])):
+        count = sum(lengths)
+        size = next(size for size in SIZES if size >= count)
+        plan.fill(lengths, range(seed, seed + len(lengths)))
+        x = tokens(count, seed)
+        with graphs.forward_context(ours, plan.batch()):
+            found = runner(x)
+        with graphs.forward_context(theirs, plan.batch()):
+            wanted = runner.call(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
+        assert_same_bits([found, *pools(ours)], [wanted, *pools(theirs)], f"call {seed}")
+    assert runner.graphs == 1
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_capture_writes_no_state(cut):
+    model = Model()
+    layers = model.states()
+    before = [pool.clone() for pool in pools(layers)]
+    graphs.PiecewiseRunner(model, SIZES, cut=cut).capture(layers, tokens(1))
+    assert_same_bits(pools(layers), before, "captured")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_sizes_share_one_pool_of_memory(cut):
+    """Captured after a larger size, smaller ones take next to no memory of their own."""
+    model, taken = Model(), []
+    layers = model.states()
+    for sizes in ((4096,), (512, 1024, 2048, 3072, 4096)):
+        torch._dynamo.reset()
+        runner = graphs.PiecewiseRunner(model, sizes, cut=cut)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        runner.capture(layers, tokens(2))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+        del runner
+    print(f"bytes reserved by one size and by five: {taken}")
+    assert taken[1] <= 1.5 * taken[0]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_call_and_a_fill_never_synchronise(cut):
+    model = Model()
+    runner, plan, layers = captured(model, cut), graphs.BatchPlan(4, 150, device="cuda"), model.states()
+    x = tokens(100)
+    plan.fill([60, 40], [0, 1])
+    with graphs.forward_context(layers, plan.batch()):
+        runner(x)
+    with no_synchronisation():
+        plan.fill([30, 70], [2, 1])
+        with graphs.forward_context(layers, plan.batch()):
+            runner(x)
+
+
+def test_fills_that_follow_at_once_do_not_overwrite_what_is_on_its_way():
+    plan = graphs.BatchPlan(64, 4096, device="cuda")
+    torch.cuda._sleep(200_000_000)
+    found = []
+    for step in range(50):
+        plan.fill([step + 1] * 64, range(step, step + 64))
+        found.append([plan.cu_seqlens.clone(), plan.state_indices.clone()])
+    torch.cuda.synchronize()
+    for step, (offsets, slots) in enumerate(found):
+        assert offsets.tolist() == [i * (step + 1) for i in range(65)]
+        assert slots.tolist() == list(range(step, step + 64))
+
+
+def test_a_plan_is_not_filled_inside_a_capture():
+    plan = graphs.BatchPlan(4, 16, device="cuda")
+    x, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="must run outside capture"):
+            plan.fill([1], [0])
+    graph.replay()
+    assert not plan.lengths.any() and x.item() == 1
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill-and-mixed", "decode"])
+def test_a_plan_serves_a_model_captured_whole(decode):
+    model, size = Model(), 8 if decode else 150
+    plan = graphs.BatchPlan(8, size, device="cuda")
+    metadata = plan.batch(8) if decode else plan.batch()
+    ours, theirs, x = model.states(), model.states(), tokens(size)
+    # the plan is empty: neither the warm-up nor the capture can write a state
+    with side_stream(), graphs.forward_context(ours, metadata):
+        model(x)
+    graph = torch.cuda.CUDAGraph()
+    with graphs.forward_context(ours, metadata), torch.cuda.graph(graph):
+        y = model(x)
+    assert_same_bits(pools(ours), pools(theirs), "captured")
+    for number, (lengths, slots, is_decode) in enumerate(BATCHES):
+        count = sum(lengths)
+        if decode != is_decode or count > size:
+            continue
+        x.copy_(torch.cat([tokens(count, number), x.new_full((size - count, HIDDEN), torch.nan)]))
+        known = [bool((number + i) % 2) for i in range(len(lengths))]
+        plan.fill(lengths, slots, has_initial_state=known)
+        graph.replay()
+        integers = [torch.tensor(values, dtype=torch.int32, device="cuda") for values in (slots, [0, *lengths])]
+        alone = graphs.BatchMetadata(integers[0])
+        if not decode:
+            offsets = integers[1].cumsum(0, dtype=torch.int32)
+            alone = graphs.BatchMetadata(integers[0], offsets, torch.tensor(known, device="cuda"))
+        with graphs.forward_context(theirs, alone):
+            wanted = model(x)
+        assert_same_bits([y[:count], *pools(ours)], [wanted[:count], *pools(theirs)], f"replay {number}")
+        assert torch.isfinite(y[:count]).all()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_runners_on_two_streams_in_two_threads(cut):
+    model = Model()
+    runners, both = [captured(model, cut) for _ in range(2)], threading.Barrier(2, timeout=60)
+    torch.cuda.synchronize()
+
+    def serve(which: int, wait) -> list[torch.Tensor]:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            layers, plan, found = model.states(), graphs.BatchPlan(3, 150, device="cuda"), []
+            for step in range(8):
+                wait()
+                plan.fill([20 + which, 100], [(which + step) % SLOTS, (which + step + 5) % SLOTS])
+                with graphs.forward_context(layers, plan.batch()):
+                    found.append(runners[which](tokens(120 + which, step)))
+            torch.cuda.current_stream().synchronize()
+        return [*found, *pools(layers)]
+
+    found = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: serve(i, both.wait)})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which in range(2):
+        assert_same_bits(found[which], serve(which, lambda: None), f"runner {which}")
