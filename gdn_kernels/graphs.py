@@ -12,12 +12,14 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gdn_kernels import contracts, launch
 from gdn_kernels.ops.registry import define
@@ -34,12 +36,20 @@ class BatchMetadata:
             one new token of sequence n; rows past N are padding.
         has_initial_state: ``[N]`` bool, prefill only; False: start from zeros whatever the slot holds. Default: every
             sequence continues from its slot.
+        draft_indices, num_accepted_tokens: ``[N, t]`` and ``[N]``, for a verification of t tokens a sequence in place
+            of a decode: rows ``n t .. n t + t`` of the batch are sequence n's. It goes on behind the accepted tokens of
+            its last verification (1 after a prefill), from the state in ``draft_indices[n, accepted - 1]``, and stores
+            the state after its token i in ``draft_indices[n, i]``. Its conv windows stay in slot ``state_indices[n]``,
+            the same as ``draft_indices[n, 0]``, of a pool with room for t (``allocate_states(..., draft_tokens=t)``).
+            A sequence that has been verified goes on so: a decode would know nothing of its accepted tokens.
     """
 
     state_indices: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     has_initial_state: torch.Tensor | None = None
     pad_slot_id: int = -1
+    draft_indices: torch.Tensor | None = None
+    num_accepted_tokens: torch.Tensor | None = None
 
 
 class BatchPlan:
@@ -49,41 +59,58 @@ class BatchPlan:
     over ``batch`` is replayed on the next batch after another ``fill`` on the same stream. Unused entries are inert:
     sequences of no tokens in the padding slot. The tensors, each at 16 bytes:
 
-    - ``cu_seqlens`` ``[N + 1]``, ``state_indices``, ``lengths``, ``num_accepted_tokens`` ``[N]`` int32;
-      ``has_initial_state`` ``[N]`` bool. Unused: the last offset, ``pad_slot_id``, 0, 1, False.
+    - ``cu_seqlens`` ``[N + 1]``, ``state_indices``, ``lengths``, ``num_accepted_tokens`` ``[N]``, ``draft_indices``
+      ``[N, t]`` int32; ``has_initial_state`` ``[N]`` bool. Unused: the last offset, ``pad_slot_id``, 0, 1, False.
 
     One token of a sequence that has a state may stand beside prefills: a mixed batch is a prefill, and such a sequence
-    has the chunked form's bits, not those of ``packed_decode``. The split point takes no accepted counts; they are for
-    callers of ``causal_conv1d_update`` and ``recurrent_gated_delta_rule_verify``.
+    has the chunked form's bits, not those of ``packed_decode``.
 
     Args:
         num_sequences: N. num_tokens: the tokens that fit, over all sequences.
+        draft_tokens: t, the tokens of each sequence in a verification.
         pad_slot_id: as in :class:`BatchMetadata`.
         device: of the tensors.
+
+    Attributes:
+        count, tokens: sequences and tokens of the batch.
+        kind: ``"verify"``; ``"decode"``, one token of each sequence, all with a state; else ``"prefill"``.
     """
 
     def __init__(
-        self, num_sequences: int, num_tokens: int, *, pad_slot_id: int = -1, device: torch.device | str = "cpu"
+        self,
+        num_sequences: int,
+        num_tokens: int,
+        *,
+        draft_tokens: int = 1,
+        pad_slot_id: int = -1,
+        device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("num_sequences", num_sequences), ("num_tokens", num_tokens)):
+        for name, value in (
+            ("num_sequences", num_sequences),
+            ("num_tokens", num_tokens),
+            ("draft_tokens", draft_tokens),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.num_sequences, self.num_tokens, self.pad_slot_id = num_sequences, num_tokens, pad_slot_id
-        counts = (num_sequences + 1, num_sequences, num_sequences, num_sequences)
+        self.num_sequences, self.num_tokens, self.draft_tokens = num_sequences, num_tokens, draft_tokens
+        self.pad_slot_id = pad_slot_id
+        counts = (num_sequences + 1, *[num_sequences] * 3, num_sequences * draft_tokens)
         self._starts = [0]
         for count in counts:
             self._starts.append(self._starts[-1] + -(-count // 4) * 4)
         self._words = self._starts[-1] + -(-num_sequences // 4)
         self._buffer = torch.zeros(self._words, dtype=torch.int32, device=device)
-        *integers, self.has_initial_state = self._fields(self._buffer)
+        *integers, drafts, self.has_initial_state = self._fields(self._buffer)
         self.cu_seqlens, self.state_indices, self.lengths, self.num_accepted_tokens = integers
+        self.draft_indices = drafts.unflatten(0, (num_sequences, draft_tokens))
         self.fill([], [])
 
     def _fields(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Offsets, slots, lengths, accepted counts, known states: views of ``buffer``."""
-        n, (a, b, c, d, e) = self.num_sequences, self._starts
-        known = buffer[e:].view(torch.uint8)[:n].view(torch.bool)
-        return buffer[a : a + n + 1], buffer[b : b + n], buffer[c : c + n], buffer[d : d + n], known
+        """Offsets, slots, lengths, accepted counts, slots of drafts, known states: views of ``buffer``."""
+        n, (a, b, c, d, e, f) = self.num_sequences, self._starts
+        known = buffer[f:].view(torch.uint8)[:n].view(torch.bool)
+        drafts = buffer[e : e + n * self.draft_tokens]
+        return buffer[a : a + n + 1], buffer[b : b + n], buffer[c : c + n], buffer[d : d + n], drafts, known
 
     def fill(
         self,
@@ -91,75 +118,108 @@ class BatchPlan:
         slots: Sequence[int],
         *,
         has_initial_state: Sequence[bool] | None = None,
-        num_accepted_tokens: Sequence[int] | None = None,
     ) -> None:
         """Make the plan hold this batch, on the current stream; ``fill([], [])`` empties it.
 
         Args:
             lengths: tokens of each sequence; all 1 for a decode. slots: their state slots.
             has_initial_state: default: every sequence continues from its slot.
-            num_accepted_tokens: of the last verification, at least 1. Default: 1.
 
         Raises:
             RuntimeError: the batch is larger than the plan, or the stream is capturing. ValueError: the lists differ in
-            length, a length is negative, a count below 1, or two sequences share a slot. Nothing is written then.
+            length, a length is negative, or two sequences share a slot. Nothing is written then.
         """
+        count = len(lengths)
+        known = [True] * count if has_initial_state is None else [*map(bool, has_initial_state)]
+        decode = all(length == 1 for length in lengths) and all(known)
+        self._fill("decode" if decode else "prefill", lengths, slots, known, [1] * count, None)
+
+    def fill_verify(self, slots: Sequence[Sequence[int]], num_accepted_tokens: Sequence[int]) -> None:
+        """:meth:`fill` for a verification: ``draft_tokens`` tokens of each sequence.
+
+        Args:
+            slots: ``[N][t]``, a sequence's ``draft_indices``. num_accepted_tokens: of its last verification, 1 to t.
+
+        Raises as :meth:`fill`, ValueError also for rows that are not of t slots and for other counts.
+        """
+        t = self.draft_tokens
+        if any(len(row) != t for row in slots):
+            raise ValueError(f"slots must have {t} entries for each sequence, got {[*map(len, slots)]}")
+        if any(not 1 <= accepted <= t for accepted in num_accepted_tokens):
+            raise ValueError(f"num_accepted_tokens must lie between 1 and {t}, got {[*num_accepted_tokens]}")
+        count, first = len(slots), [row[0] for row in slots]
+        self._fill("verify", [t] * count, first, [True] * count, num_accepted_tokens, slots)
+
+    def _fill(
+        self,
+        kind: str,
+        lengths: Sequence[int],
+        slots: Sequence[int],
+        known: Sequence[bool],
+        accepted: Sequence[int],
+        drafts: Sequence[Sequence[int]] | None,
+    ) -> None:
         count, tokens = len(lengths), sum(lengths)
         if count > self.num_sequences or tokens > self.num_tokens:
             raise RuntimeError(
                 f"the batch must fit the plan of {self.num_sequences} sequences and {self.num_tokens} tokens, "
                 f"got {count} and {tokens}"
             )
-        known = [True] * count if has_initial_state is None else has_initial_state
-        accepted = [1] * count if num_accepted_tokens is None else num_accepted_tokens
         for name, values in (("slots", slots), ("has_initial_state", known), ("num_accepted_tokens", accepted)):
             if len(values) != count:
                 raise ValueError(f"{name} must have an entry for each of the {count} sequences, got {len(values)}")
         if min(lengths, default=0) < 0:
             raise ValueError(f"lengths must not be negative, got {min(lengths)}")
-        if min(accepted, default=1) < 1:
-            raise ValueError(f"num_accepted_tokens must be at least 1, got {min(accepted)}")
-        live = [slot for slot in slots if slot >= 0 and slot != self.pad_slot_id]
+        every = [*slots] if drafts is None else [slot for row in drafts for slot in row]
+        live = [slot for slot in every if slot >= 0 and slot != self.pad_slot_id]
         if len(set(live)) != len(live):
-            raise ValueError(f"slots must name each slot once, got {list(slots)}")
+            raise ValueError(f"slots must name each slot once, got {every}")
         on_gpu = self._buffer.is_cuda
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("BatchPlan.fill must run outside capture: a graph would keep this batch")
-        offsets = [0, *itertools.accumulate(lengths)]
-        rest = self.num_sequences - count
+        rest, pad = self.num_sequences - count, self.pad_slot_id
         # pinned afresh: the allocator hands a block out again once the copy from it is done, so nothing waits here
         staged = torch.zeros(self._words, dtype=torch.int32, pin_memory=on_gpu)
         fields = (
-            [*offsets, *[tokens] * rest],
-            [*slots, *[self.pad_slot_id] * rest],
+            [0, *itertools.accumulate(lengths), *[tokens] * rest],
+            [*slots, *[pad] * rest],
             [*lengths, *[0] * rest],
             [*accepted, *[1] * rest],
-            [*map(bool, known), *[False] * rest],
+            [
+                *([] if drafts is None else every),
+                *[pad] * ((rest if drafts else self.num_sequences) * self.draft_tokens),
+            ],
+            [*known, *[False] * rest],
         )
         for field, values in zip(self._fields(staged), fields, strict=True):
             field.copy_(torch.tensor(values, dtype=field.dtype))
         self._buffer.copy_(staged, non_blocking=True)
-        self.count, self.tokens, self._decodes = count, tokens, max(lengths, default=1) == min(lengths, default=1) == 1
+        self.count, self.tokens, self.kind = count, tokens, kind
 
-    def batch(self, decode_rows: int | None = None) -> BatchMetadata:
+    def batch(self, rows: int | None = None, *, verify: bool = False) -> BatchMetadata:
         """The plan as a forward context takes it: the persistent tensors, or their first rows.
 
         Args:
-            decode_rows: None: prefill, or prefill and decode together, told apart by ``cu_seqlens``. Else a decode of
-                that many rows, at least as many as the plan holds; those past its sequences are padding.
+            rows: None: prefill, or prefill and decode together, told apart by ``cu_seqlens``. Else a decode, or with
+                ``verify`` a verification, of that many sequences, at least as many as the plan holds; those past its
+                own are padding.
 
-        Raises RuntimeError: more rows than the plan, fewer than its batch, or a batch that is no decode.
+        Raises RuntimeError: more rows than the plan, fewer than its batch, or a batch of another kind.
         """
-        if decode_rows is None:
+        if rows is None:
+            if self.kind == "verify" and self.count:
+                raise RuntimeError("a verification must be taken by rows, got rows None")
             return BatchMetadata(self.state_indices, self.cu_seqlens, self.has_initial_state, self.pad_slot_id)
-        if not self.count <= decode_rows <= self.num_sequences:
+        if not self.count <= rows <= self.num_sequences:
             raise RuntimeError(
-                f"decode_rows must lie between the batch's {self.count} sequences and the plan's {self.num_sequences}, "
-                f"got {decode_rows}"
+                f"rows must lie between the batch's {self.count} sequences and the plan's {self.num_sequences}, "
+                f"got {rows}"
             )
-        if not self._decodes:
-            raise RuntimeError("a decode must have one token of each sequence, got a batch of other lengths")
-        return BatchMetadata(self.state_indices[:decode_rows], pad_slot_id=self.pad_slot_id)
+        kind = "verify" if verify else "decode"
+        if self.count and kind != self.kind:
+            raise RuntimeError(f"the batch must be a {kind} to be taken by rows, got a {self.kind}")
+        drafts = (self.draft_indices[:rows], self.num_accepted_tokens[:rows]) if verify else (None, None)
+        return BatchMetadata(self.state_indices[:rows], None, None, self.pad_slot_id, *drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +229,8 @@ class LayerState:
     Args:
         num_k_heads: H.
         conv_weight: ``[D, W]``; conv_bias: ``[D]`` or None. A_log, dt_bias: ``[HV]``.
-        conv_state: pool ``[S, D, W - 1]`` by strides. Written.
+        conv_state: pool ``[S, D, L]`` by strides, L of W - 1, or W - 2 + t for verifications of t tokens, of which
+            everything else uses the first W - 1 columns. Written.
         recurrent_state: pool ``[S, HV, V, K]`` fp32, bf16 or fp16. Written.
         activation: of the conv.
     """
@@ -182,6 +243,12 @@ class LayerState:
     conv_state: torch.Tensor
     recurrent_state: torch.Tensor
     activation: str | None = "silu"
+
+    @property
+    def conv_windows(self) -> torch.Tensor:
+        """The conv pool as prefill and decode use it, ``[S, D, W - 1]``."""
+        columns = self.conv_weight.shape[1] - 1
+        return self.conv_state if self.conv_state.shape[2] == columns else self.conv_state[..., :columns]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +301,9 @@ def _run_core(mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, output:
     context = current_context()
     contracts.forward_context(context, layer_id)
     contracts.batch_metadata(context.metadata, mixed_qkv.shape[0])
-    run = _decode if context.metadata.cu_seqlens is None else _prefill
-    run(mixed_qkv, a, b, output, context.layers[layer_id], context.metadata)
+    metadata = context.metadata
+    run = _prefill if metadata.cu_seqlens is not None else _decode if metadata.draft_indices is None else _verify
+    run(mixed_qkv, a, b, output, context.layers[layer_id], metadata)
 
 
 def _decode(
@@ -255,7 +323,7 @@ def _decode(
         mixed_qkv[:rows],
         layer.conv_weight,
         layer.conv_bias,
-        layer.conv_state,
+        layer.conv_windows,
         state_indices=metadata.state_indices,
         activation=layer.activation,
         pad_slot_id=metadata.pad_slot_id,
@@ -272,20 +340,8 @@ def _prefill(
     layer: LayerState,
     metadata: BatchMetadata,
 ) -> None:
-    num_v_heads, head_v_dim, head_k_dim = layer.recurrent_state.shape[1:]
-    keys = layer.num_k_heads * head_k_dim
-
-    def heads(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v = packed.unsqueeze(0).split((keys, keys, num_v_heads * head_v_dim), dim=-1)
-        return (
-            q.unflatten(-1, (layer.num_k_heads, head_k_dim)),
-            k.unflatten(-1, (layer.num_k_heads, head_k_dim)),
-            v.unflatten(-1, (num_v_heads, head_v_dim)),
-            a.unsqueeze(0),
-            b.unsqueeze(0),
-        )
-
-    contracts.packed_width(mixed_qkv, 2 * keys + num_v_heads * head_v_dim)
+    tensors = _heads(mixed_qkv.unsqueeze(0), layer)
+    gates = a.unsqueeze(0), b.unsqueeze(0)
     arguments = layer.recurrent_state, output.unsqueeze(0), metadata.state_indices, metadata.cu_seqlens
     options = {
         "has_initial_state": metadata.has_initial_state,
@@ -295,19 +351,66 @@ def _prefill(
         "pad_slot_id": metadata.pad_slot_id,
     }
     # the whole call is checked before the conv writes its state
-    contracts.chunk_gated_delta_rule_paged(*heads(mixed_qkv), *arguments, **options)
+    contracts.chunk_gated_delta_rule_paged(*tensors, *gates, *arguments, **options)
     convolved = torch.ops.gdn.causal_conv1d(
         mixed_qkv,
         layer.conv_weight,
         layer.conv_bias,
-        layer.conv_state,
+        layer.conv_windows,
         metadata.cu_seqlens,
         state_indices=metadata.state_indices,
         has_initial_state=metadata.has_initial_state,
         activation=layer.activation,
         pad_slot_id=metadata.pad_slot_id,
     )
-    torch.ops.gdn.chunk_gated_delta_rule_paged(*heads(convolved), *arguments, **options)
+    tensors = _heads(convolved.unsqueeze(0), layer)
+    torch.ops.gdn.chunk_gated_delta_rule_paged(*tensors, *gates, *arguments, **options)
+
+
+def _verify(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    output: torch.Tensor,
+    layer: LayerState,
+    metadata: BatchMetadata,
+) -> None:
+    shape = metadata.draft_indices.shape
+    rows = shape[0] * shape[1]
+    x, *gates = (tensor[:rows].unflatten(0, shape) for tensor in (mixed_qkv, a, b))
+    arguments = layer.recurrent_state, metadata.draft_indices
+    options = {
+        "num_accepted_tokens": metadata.num_accepted_tokens,
+        "use_qk_l2norm": True,
+        "A_log": layer.A_log,
+        "dt_bias": layer.dt_bias,
+        "pad_slot_id": metadata.pad_slot_id,
+    }
+    # the whole call is checked before the conv writes its state
+    contracts.recurrent_gated_delta_rule_paged(*_heads(x, layer), *gates, *arguments, **options)
+    convolved = torch.ops.gdn.causal_conv1d_update(
+        x,
+        layer.conv_weight,
+        layer.conv_bias,
+        layer.conv_state,
+        state_indices=metadata.state_indices,
+        num_accepted_tokens=metadata.num_accepted_tokens,
+        activation=layer.activation,
+        pad_slot_id=metadata.pad_slot_id,
+    )
+    found = torch.ops.gdn.recurrent_gated_delta_rule_paged(*_heads(convolved, layer), *gates, *arguments, **options)
+    output[:rows].copy_(found.flatten(0, 1))
+    output[rows:].zero_()
+
+
+def _heads(packed: torch.Tensor, layer: LayerState) -> tuple[torch.Tensor, ...]:
+    """q, k and v of ``[..., D]`` by heads: views."""
+    num_v_heads, head_v_dim, head_k_dim = layer.recurrent_state.shape[1:]
+    keys = layer.num_k_heads * head_k_dim
+    contracts.packed_width(packed, 2 * keys + num_v_heads * head_v_dim)
+    q, k, v = packed.split((keys, keys, num_v_heads * head_v_dim), dim=-1)
+    key_heads = layer.num_k_heads, head_k_dim
+    return q.unflatten(-1, key_heads), k.unflatten(-1, key_heads), v.unflatten(-1, (num_v_heads, head_v_dim))
 
 
 define(
@@ -387,10 +490,10 @@ def split_by_operator(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captured in pieces
+# Captured, in pieces or whole
 # ---------------------------------------------------------------------------------------------------------------
 
-# torch allows one capture at a time in a process
+# torch allows one capture at a time in a process, and Inductor one wrapper of its partitions
 _one_capture = threading.Lock()
 
 
@@ -403,160 +506,195 @@ def _borrowed(x: Any) -> Any:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(view, x.storage_offset(), x.shape, x.stride())
 
 
-def _places(args: Sequence[Any]) -> list[Any]:
-    """Where tensors lie, and the other arguments: what a captured call has frozen. Dynamo may hand a number of the
-    model, say an eps, to its graph as a new tensor of no dimensions on the CPU at every call."""
+class _Held:
+    """What a runner holds of one size: captured pieces and the calls between them, to be replayed in order.
 
-    def place(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        return x.item() if x.dim() == 0 and x.device.type == "cpu" else x.data_ptr()
+    On a CPU nothing is captured: a piece is computed again over the arguments of its first call, into its results, as a
+    CUDA graph would.
+    """
 
-    return [place(x) for x in args]
+    def __init__(self, pool: Any, metadata: BatchMetadata) -> None:
+        self.pool, self.metadata, self.pieces, self.result = pool, metadata, 0, None
+        self.steps: list[Callable[[], Any]] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-
-@contextlib.contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Capture the current stream; other threads may go on using theirs."""
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()
-
-
-class _HeldPiece:
-    """A piece at one size. On a CPU a replay computes it again over the arguments of the first call, into its results,
-    as a CUDA graph would."""
-
-    def __init__(self, call: Callable[..., Any], args: tuple[Any, ...], pool: Any) -> None:
-        self.places, self.graph = _places(args), None
-        if pool is None:
-            self.call, self.args, self.results = call, args, call(*args)
-            return
-        self.graph = torch.cuda.CUDAGraph()
-        with _recording(self.graph, pool):
-            self.results = call(*args)
-
-    def settle(self) -> Any:
-        """The results, for the rest of the capture; once it lets go of them, the pool serves their memory again."""
-        results = self.results
-        if self.graph is not None:
-            self.results = tuple(map(_borrowed, results)) if isinstance(results, tuple | list) else _borrowed(results)
-        return results
-
-    def replay(self, args: tuple[Any, ...]) -> Any:
-        if _places(args) != self.places:
-            raise RuntimeError("a captured piece must get its arguments where they were at capture, got others")
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            found, many = self.call(*self.args), isinstance(self.results, tuple | list)
-            for kept, new in zip(self.results if many else (self.results,), found if many else (found,), strict=True):
-                if isinstance(kept, torch.Tensor):
-                    kept.copy_(new)
-        return self.results
-
-
-class _Piece(torch.nn.Module):
-    """Stands for a piece in a cut graph: captures and replays it at the runner's size, else calls it."""
-
-    def __init__(self, runner: PiecewiseRunner, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.runner, self.call = runner, call
-
-    def forward(self, *args: Any) -> Any:
-        held = self.runner._held
-        if held is None:
-            return self.call(*args)
-        if self in held.pieces:
-            return held.pieces[self].replay(args)
-        held.pieces[self] = piece = _HeldPiece(self.call, args, self.runner._pool)
-        return piece.settle()
-
-
-class _Cut:
-    """What a runner holds of one size, cut by a backend: the captured pieces, which the compiled model calls."""
-
-    def __init__(self, call: Callable[..., Any], x: torch.Tensor, pool: Any) -> None:
-        self.call, self.x, self.pieces = call, x, {}
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def core(self, *args: Any) -> None:
-        _run_core(*args)
-
-    def record(self) -> None:
-        self.call(self.x)
-
-    def replay(self) -> torch.Tensor:
-        return self.call(self.x)
-
-
-class _Segments:
-    """What a runner holds of one size without a compiler: a capture that stops at each split point and goes on behind.
-
-    On a CPU a replay calls the model."""
-
-    def __init__(self, call: Callable[..., Any], x: torch.Tensor, pool: Any) -> None:
-        self.call, self.x, self.pool, self.graphs = call, x, pool, 0
-        self.steps: list[Callable[[], None]] = []
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __len__(self) -> int:
-        return self.graphs
-
-    def _begin(self) -> None:
-        self.graphs += 1
+    def begin(self) -> None:
+        self.pieces += 1
         if self.pool is not None:
             graph = torch.cuda.CUDAGraph()
+            # other threads may go on using their streams
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            self.graph = graph
+            self._graph = graph
 
-    def _end(self) -> None:
-        if self.graph is not None:
-            graph, self.graph = self.graph, None
+    def end(self) -> None:
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
             graph.capture_end()
             self.steps.append(graph.replay)
 
-    def core(self, *args: Any) -> None:
-        self._end()
-        _run_core(*args)
-        if self.pool is not None:
-            self.steps.append(functools.partial(_run_core, *map(_borrowed, args)))
-        self._begin()
-
-    def record(self) -> None:
-        self._begin()
+    def piece(self, call: Callable[[list[Any]], Any], args: list[Any]) -> Any:
+        """Capture ``call``, which may empty its list of arguments."""
+        kept = list(args) if self.pool is None else []
+        self.begin()
         try:
-            result = self.call(self.x)
+            results = call(args)
         finally:
-            self._end()
-        self.result = _borrowed(result)
-
-    def replay(self) -> torch.Tensor:
+            self.end()
         if self.pool is None:
-            return self.call(self.x)
+            self.steps.append(functools.partial(self._again, call, kept, results))
+        return results
+
+    @staticmethod
+    def _again(call: Callable[[list[Any]], Any], args: list[Any], results: Any) -> None:
+        for kept, new in zip(tree_leaves(results), tree_leaves(call(list(args))), strict=True):
+            if isinstance(kept, torch.Tensor):
+                kept.copy_(new)
+
+    def between(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Run what stays outside the pieces."""
+        result = call(*args)
+        if any(isinstance(x, torch.Tensor) for x in tree_leaves(result)):
+            raise RuntimeError("a split operator must write a caller's tensor and return nothing, got one with results")
+        self.steps.append(functools.partial(call, *map(_borrowed, args)))
+        return result
+
+    def replay(self) -> Any:
         for step in self.steps:
             step()
         return self.result
 
 
-class PiecewiseRunner:
+class _Piece(torch.nn.Module):
+    """Stands for a submodule of a cut graph, and for a partition of Inductor's: a runner that captures records it."""
+
+    def __init__(self, runner: _Runner, call: Callable[..., Any], captured: bool) -> None:
+        super().__init__()
+        self.runner, self.call, self.captured = runner, call, captured
+
+    def forward(self, *args: Any) -> Any:
+        held = self.runner._held
+        if held is None:
+            return self.call(*args)
+        if self.captured:
+            return held.piece(lambda args: self.call(*args), list(args))
+        return held.between(self.call, *args)
+
+
+class _Runner:
+    """What runners share: padding to the next size, one input buffer, one pool of memory, one thread at a time."""
+
+    def __init__(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.call, self.replays, self.eager = model, 0, 0
+        self._sizes: dict[Any, _Held] = {}
+        self._held: _Held | None = None
+        self._pool: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def captured(self) -> dict[Any, int]:
+        """How many pieces are captured, by size."""
+        return {size: held.pieces for size, held in self._sizes.items()}
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"a {type(self).__name__} must serve one thread at a time, got a call while another runs"
+            )
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._lock.release()
+
+    def _capture(
+        self,
+        layers: Mapping[int, LayerState],
+        example: torch.Tensor,
+        sizes: Sequence[tuple[Any, int, BatchMetadata]],
+    ) -> None:
+        """Record, for each key, so many rows on a batch without live slots."""
+        name = type(self).__name__
+        if current_context() is not None:
+            raise RuntimeError(f"{name}.capture must run outside graphs.forward_context, got one with its slots")
+        if self._sizes:
+            raise RuntimeError(f"{name}.capture must run once, got a runner that is captured already")
+        with self._alone(), _one_capture, launch.capture_mode():
+            buffer = example.new_zeros(max(rows for _, rows, _ in sizes), *example.shape[1:])
+            stream = torch.cuda.Stream(example.device) if example.is_cuda else None
+            if stream is not None:
+                # a collection while a stream captures may free what a capture must not
+                gc.collect()
+                self._pool = torch.cuda.graph_pool_handle()
+                stream.wait_stream(torch.cuda.current_stream(example.device))
+            done = {}
+            with torch.cuda.stream(stream):
+                # largest first: the smaller ones then fit into its memory
+                for key, rows, metadata in sorted(sizes, key=lambda size: -size[1]):
+                    done[key] = held = _Held(self._pool, metadata)
+                    with forward_context(layers, metadata):
+                        held.result = _borrowed(self._record(held, buffer[:rows]))
+            if stream is not None:
+                torch.cuda.current_stream(example.device).wait_stream(stream)
+        self.input, self._sizes = buffer, done
+
+    def _record(self, held: _Held, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _check(self, x: torch.Tensor) -> None:
+        if not self._sizes:
+            raise RuntimeError(f"{type(self).__name__} must be captured before it is called, got one that is not")
+        like = self.input
+        if (x.shape[1:], x.dtype, x.device) != (like.shape[1:], like.dtype, like.device):
+            raise ValueError(
+                f"x must be like the example, [T, {', '.join(map(str, like.shape[1:]))}] of {like.dtype} on "
+                f"{like.device}, got {list(x.shape)} of {x.dtype} on {x.device}"
+            )
+
+    def _serve(self, x: torch.Tensor, tokens: int, key: Any) -> torch.Tensor:
+        """Replay what is held of ``key`` on the first ``tokens`` rows of ``x``, or run the model where nothing is."""
+        with self._alone():
+            held = self._sizes.get(key)
+            if held is None:
+                y = self.call(x)
+                self.eager += 1
+            else:
+                self.input[:tokens].copy_(x[:tokens])
+                y = held.replay()
+                self.replays += 1
+            result = y.new_zeros(x.shape[0], *y.shape[1:])
+            result[:tokens].copy_(y[:tokens])
+        return result
+
+
+def _next_size(sizes: Sequence[int], count: int) -> int | None:
+    """The least of the sorted ``sizes`` that holds ``count``, if any."""
+    index = bisect.bisect_left(sizes, count)
+    return sizes[index] if index < len(sizes) else None
+
+
+def _token_counts(name: str, sizes: Sequence[int]) -> list[int]:
+    if min(sizes, default=1) < 1:
+        raise ValueError(f"{name} must be counts of at least 1, got {list(sizes)}")
+    return sorted(set(sizes))
+
+
+class PiecewiseRunner(_Runner):
     """Runs a model whose split operators stay outside its captured pieces: a reference and a test bed, not an engine.
 
     ``capture`` records the pieces for each size, on a GPU as CUDA graphs in one memory pool, the largest size first; on
     a CPU nothing is captured and the bookkeeping is the same. A call inside ``forward_context`` pads the batch to the
     next size and replays, with the core run eagerly on the context's metadata; past the largest size the model runs as
-    it is. One runner serves one thread and stream at a time; several may work side by side.
+    it is. Nothing of the model's Python or of Dynamo runs in a replay. One runner serves one thread and stream at a
+    time; several may work side by side.
 
     Args:
         model: takes and returns one tensor, ``[T, ...]``, tokens first; rows do not depend on each other outside the
             split operators.
         sizes: the token counts to capture.
-        cut: ``"operator"``: compiled once and cut by :func:`piecewise_backend`. ``"segments"``: no compiler; the
-            capture stops at ``gdn::linear_attention_with_output`` and goes on after it.
+        cut: ``"operator"``: compiled once and cut by :func:`piecewise_backend`. ``"partition"``: compiled once by
+            Inductor, which cuts by name itself (GPU only). ``"segments"``: no compiler; the capture stops at the split
+            operator and goes on after it. The last two cut at ``gdn::linear_attention_with_output`` alone.
         names, inner: as in :func:`piecewise_backend`, with ``"operator"``.
 
     Attributes:
@@ -565,6 +703,8 @@ class PiecewiseRunner:
 
     Raises ValueError for another ``cut`` or for sizes below 1.
     """
+
+    CUTS = ("operator", "partition", "segments")
 
     def __init__(
         self,
@@ -575,34 +715,34 @@ class PiecewiseRunner:
         names: Sequence[str] = SPLIT_OPERATORS,
         inner: str = "eager",
     ) -> None:
-        if cut not in ("operator", "segments"):
-            raise ValueError(f"cut must be 'operator' or 'segments', got {cut!r}")
-        if min(sizes, default=0) < 1:
-            raise ValueError(f"sizes must be token counts of at least 1, got {list(sizes)}")
-        self.sizes, self.cut, self.call = sorted(set(sizes)), cut, model
+        if cut not in self.CUTS:
+            raise ValueError(f"cut must be one of {', '.join(map(repr, self.CUTS))}, got {cut!r}")
+        super().__init__(model)
+        self.sizes, self.cut, self.graphs = _token_counts("sizes", sizes), cut, 0
+        if not self.sizes:
+            raise ValueError("sizes must hold a token count, got none")
+        self._layer_ids: set[int] = set()
         if cut == "operator":
             self.call = torch.compile(model, backend=piecewise_backend(self, names, inner), fullgraph=True)
-        self.graphs = self.replays = self.eager = 0
-        self._sizes: dict[int, _Cut | _Segments] = {}
-        self._layer_ids: set[int] = set()
-        self._held: _Cut | None = None
-        self._pool: Any = None
-        self._lock = threading.Lock()
+        elif cut == "partition":
+            self.call = torch.compile(model, backend=self._inductor, fullgraph=True)
 
-    @property
-    def captured(self) -> dict[int, int]:
-        return {size: len(held) for size, held in self._sizes.items()}
+    def _inductor(self, graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Inductor with its graph partition: it hands its partitions, which take a list and empty it, to ``wrap``."""
+        from torch._inductor import compile_fx, config, utils
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("a PiecewiseRunner must serve one thread at a time, got a call while another runs")
+        def wrap(call: Callable[[list[Any]], Any], metadata: Any) -> Callable[[list[Any]], Any]:
+            return lambda args: call(args) if self._held is None else self._held.piece(call, args)
+
+        before = utils._unstable_customized_partition_wrapper.wrapper
+        utils.set_customized_partition_wrappers(wrap)
         try:
-            with torch.no_grad():
-                yield
+            with config.patch(graph_partition=True, custom_should_partition_ops=list(SPLIT_OPERATORS)):
+                compiled = compile_fx.compile_fx(graph_module, example_inputs)
         finally:
-            self._held = None
-            self._lock.release()
+            utils.set_customized_partition_wrappers(before)
+        self.graphs += 1
+        return compiled
 
     def capture(self, layers: Mapping[int, LayerState], example: torch.Tensor) -> None:
         """Record the pieces for every size. Runs the model on a batch of no sequences, which writes no state.
@@ -612,39 +752,47 @@ class PiecewiseRunner:
 
         Raises RuntimeError inside a forward context, whose slots may be live, and if the runner is captured already.
         """
-        if current_context() is not None:
-            raise RuntimeError(
-                "PiecewiseRunner.capture must run outside graphs.forward_context, got one with its slots"
-            )
-        if self._sizes:
-            raise RuntimeError("PiecewiseRunner.capture must run once, got a runner that is captured already")
         nothing = BatchMetadata(torch.empty(0, dtype=torch.int32, device=example.device))
-        with self._alone(), _one_capture, launch.capture_mode(), forward_context(layers, nothing):
-            buffer = example.new_zeros(self.sizes[-1], *example.shape[1:])
-            stream = torch.cuda.Stream(example.device) if example.is_cuda else None
-            if stream is not None:
-                self._pool = torch.cuda.graph_pool_handle()
-                stream.wait_stream(torch.cuda.current_stream(example.device))
-            done = {}
-            with torch.cuda.stream(stream):
-                for size in reversed(self.sizes):
-                    done[size] = self._record(buffer[:size])
-            if stream is not None:
-                torch.cuda.current_stream(example.device).wait_stream(stream)
-        self.input, self._sizes = buffer, done
+        self._capture(layers, example, [(size, size, nothing) for size in self.sizes])
 
-    def _record(self, x: torch.Tensor) -> _Cut | _Segments:
-        if self.cut == "operator":
+    def _record(self, held: _Held, x: torch.Tensor) -> torch.Tensor:
+        if self.cut != "segments":
             # else a count of 1, or one that is another size of the model too, makes a graph of its own
             torch._dynamo.decorators.mark_unbacked(x, 0)
         with _watching(self._note):
             self.call(x)
-        held = (_Cut if self.cut == "operator" else _Segments)(self.call, x, self._pool)
-        self._held = held if self.cut == "operator" else None
-        with _watching(held.core):
-            held.record()
-        self._held = None
-        return held
+        if self.cut == "operator":
+            with self._recording(held):
+                return self.call(x)
+        if self.cut == "partition":
+            with self._recording(held), _watching(lambda *args: held.between(_run_core, *args)):
+                result = self.call(x)
+            if not held.pieces:
+                raise RuntimeError("cut 'partition' must have a GPU, for which alone Inductor cuts graphs, got none")
+            return result
+
+        def core(*args: Any) -> None:
+            held.end()
+            held.between(_run_core, *args)
+            held.begin()
+
+        held.begin()
+        try:
+            with _watching(core):
+                result = self.call(x)
+        finally:
+            held.end()
+        if self._pool is None:
+            held.steps = [functools.partial(held._again, lambda args: self.call(*args), [x], result)]
+        return result
+
+    @contextlib.contextmanager
+    def _recording(self, held: _Held) -> Iterator[None]:
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _note(self, *args: Any) -> None:
         self._layer_ids.add(args[-1])
@@ -663,37 +811,98 @@ class PiecewiseRunner:
             RuntimeError: not captured, no context in this thread, a layer of the model missing from it, a runner in use
             by another thread; nothing is written then. ValueError: ``x`` or ``tokens`` do not fit.
         """
-        context = current_context()
-        if not self._sizes:
-            raise RuntimeError("PiecewiseRunner must be captured before it is called, got one that is not")
+        self._check(x)
+        context, rows = current_context(), x.shape[0]
         for layer_id in self._layer_ids:
             contracts.forward_context(context, layer_id)
-        like, rows = self.input, x.shape[0]
         tokens = rows if tokens is None else tokens
-        if (x.shape[1:], x.dtype, x.device) != (like.shape[1:], like.dtype, like.device):
-            raise ValueError(
-                f"x must be like the example, [T, {', '.join(map(str, like.shape[1:]))}] of {like.dtype} on "
-                f"{like.device}, got {list(x.shape)} of {x.dtype} on {x.device}"
-            )
         if not 0 <= tokens <= rows:
             raise ValueError(f"tokens must lie between 0 and the {rows} rows of x, got {tokens}")
-        metadata, needed = context.metadata, tokens
+        needed, metadata = tokens, context.metadata
         if metadata.cu_seqlens is None:
-            needed = max(tokens, metadata.state_indices.shape[0])
-        index = bisect.bisect_left(self.sizes, needed)
-        with self._alone():
-            if index == len(self.sizes):
-                y = self.call(x)
-                self.eager += 1
-            else:
-                held = self._sizes[self.sizes[index]]
-                self.input[:tokens].copy_(x[:tokens])
-                self._held = held if self.cut == "operator" else None
-                y = held.replay()
-                self.replays += 1
-            result = y.new_zeros(rows, *y.shape[1:])
-            result[:tokens].copy_(y[:tokens])
-        return result
+            each = metadata.state_indices if metadata.draft_indices is None else metadata.draft_indices
+            needed = max(tokens, each.numel())
+        return self._serve(x, tokens, _next_size(self.sizes, needed))
+
+
+class WholeRunner(_Runner):
+    """Runs a model captured whole, the core with it, on the batch that a :class:`BatchPlan` holds.
+
+    A graph for each token count serves prefills, and prefills and decodes together; one for each number of sequences
+    serves decodes, another verifications. Between replays the plan is filled and the input copied, both on the device's
+    stream; a batch past the largest size runs the model as it is. On a CPU nothing is captured. As for threads and
+    ``model``, which may be compiled, see :class:`PiecewiseRunner`.
+
+    Args:
+        plan: what the graphs read; fill it, then call.
+        sizes: token counts of prefills and mixed batches. decode_rows, verify_rows: numbers of sequences.
+
+    Attributes: as of :class:`PiecewiseRunner`; ``captured`` by kind and size.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[torch.Tensor], torch.Tensor],
+        plan: BatchPlan,
+        sizes: Sequence[int] = (),
+        *,
+        decode_rows: Sequence[int] = (),
+        verify_rows: Sequence[int] = (),
+    ) -> None:
+        super().__init__(model)
+        self.plan = plan
+        self.sizes = {
+            "prefill": _token_counts("sizes", sizes),
+            "decode": _token_counts("decode_rows", decode_rows),
+            "verify": _token_counts("verify_rows", verify_rows),
+        }
+        if not any(self.sizes.values()):
+            raise ValueError("sizes, decode_rows or verify_rows must hold a count, got none")
+
+    def _batch(self, kind: str, rows: int) -> tuple[int, BatchMetadata]:
+        """Tokens and metadata of a batch of ``kind`` at a captured size."""
+        if kind == "prefill":
+            return rows, self.plan.batch()
+        verify = kind == "verify"
+        return rows * (self.plan.draft_tokens if verify else 1), self.plan.batch(rows, verify=verify)
+
+    def capture(self, layers: Mapping[int, LayerState], example: torch.Tensor) -> None:
+        """Capture every size, on the empty plan: no state is written. The graphs keep ``layers``.
+
+        Raises RuntimeError where the plan holds a batch, whose slots may be live, and as ``PiecewiseRunner.capture``.
+        """
+        if self.plan.count:
+            raise RuntimeError(
+                f"WholeRunner.capture must run on an empty plan, got a batch of {self.plan.count} sequences"
+            )
+        sizes = [((kind, rows), *self._batch(kind, rows)) for kind, counts in self.sizes.items() for rows in counts]
+        self._capture(layers, example, sizes)
+        self.layers = layers
+
+    def _record(self, held: _Held, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        self.call(x)
+        return held.piece(lambda args: self.call(*args), [x])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The model on the plan's batch.
+
+        ``x``: ``[T, ...]`` as at capture, its first ``plan.tokens`` rows the batch's; the others may hold anything.
+        Returns a new tensor of T rows, zeros past the batch's.
+
+        Raises RuntimeError: not captured, inside a forward context, in use by another thread. ValueError: ``x`` does
+        not fit. Nothing is written then.
+        """
+        self._check(x)
+        plan = self.plan
+        if x.shape[0] < plan.tokens:
+            raise ValueError(f"x must hold the plan's {plan.tokens} tokens, got {x.shape[0]} rows")
+        rows = _next_size(self.sizes[plan.kind], plan.tokens if plan.kind == "prefill" else plan.count)
+        held = self._sizes.get((plan.kind, rows))
+        # past the largest size the model runs on a batch of its own number of rows
+        metadata = self._batch(plan.kind, plan.count)[1] if held is None else held.metadata
+        with forward_context(self.layers, metadata):
+            return self._serve(x, plan.tokens, (plan.kind, rows))
 
 
 def piecewise_backend(
@@ -707,10 +916,12 @@ def piecewise_backend(
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         cut, pieces = split_by_operator(graph_module, names)
-        for name in pieces:
-            piece = getattr(cut, name)
-            inputs = [node.meta["example_value"] for node in piece.graph.find_nodes(op="placeholder")]
-            setattr(cut, name, _Piece(runner, torch._dynamo.lookup_backend(inner)(piece, inputs)))
+        for name, part in list(cut.named_children()):
+            call: Callable[..., Any] = part
+            if name in pieces:
+                inputs = [node.meta["example_value"] for node in part.graph.find_nodes(op="placeholder")]
+                call = torch._dynamo.lookup_backend(inner)(part, inputs)
+            setattr(cut, name, _Piece(runner, call, name in pieces))
         runner.graphs += 1
         return cut
 

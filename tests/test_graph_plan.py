@@ -19,7 +19,7 @@ def no_gradients():
 
 
 def fields(plan: graphs.BatchPlan) -> dict[str, torch.Tensor]:
-    names = "cu_seqlens", "state_indices", "lengths", "num_accepted_tokens", "has_initial_state"
+    names = "cu_seqlens", "state_indices", "lengths", "num_accepted_tokens", "draft_indices", "has_initial_state"
     return {name: getattr(plan, name) for name in names}
 
 
@@ -45,23 +45,34 @@ def run(made: nn.GatedDeltaNet, metadata: graphs.BatchMetadata, x: torch.Tensor)
 
 def test_unused_entries_are_inert() -> None:
     plan = graphs.BatchPlan(5, 20, pad_slot_id=-7)
-    plan.fill([3, 0, 4], [6, 1, 2], has_initial_state=[True, False, True], num_accepted_tokens=[2, 1, 3])
+    plan.fill([3, 0, 4], [6, 1, 2], has_initial_state=[True, False, True])
     found = {name: x.tolist() for name, x in fields(plan).items()}
     assert found == {
         "cu_seqlens": [0, 3, 3, 7, 7, 7],
         "state_indices": [6, 1, 2, -7, -7],
         "lengths": [3, 0, 4, 0, 0],
-        "num_accepted_tokens": [2, 1, 3, 1, 1],
+        "num_accepted_tokens": [1] * 5,
+        "draft_indices": [[-7]] * 5,
         "has_initial_state": [True, False, True, False, False],
     }
     assert (plan.count, plan.tokens) == (3, 7)
+    plan = graphs.BatchPlan(4, 20, draft_tokens=3, pad_slot_id=-7)
+    plan.fill_verify([[6, 1, 2], [3, -7, 5]], [2, 3])
+    assert plan.draft_indices.tolist() == [[6, 1, 2], [3, -7, 5], [-7] * 3, [-7] * 3]
+    assert plan.state_indices.tolist() == [6, 3, -7, -7] and plan.num_accepted_tokens.tolist() == [2, 3, 1, 1]
+    assert plan.cu_seqlens.tolist() == [0, 3, 6, 6, 6] and plan.kind == "verify"
     plan.fill([], [])
-    assert plan.state_indices.tolist() == [-7] * 5 and not plan.cu_seqlens.any() and not plan.has_initial_state.any()
+    assert (
+        set(plan.draft_indices.flatten().tolist()) == {-7}
+        and plan.state_indices.tolist() == [-7] * 4
+        and not plan.cu_seqlens.any()
+        and not plan.has_initial_state.any()
+    )
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3, 4, 5, 64])
 def test_the_tensors_stay_where_they_are_at_16_bytes(num_sequences: int) -> None:
-    plan = graphs.BatchPlan(num_sequences, 100)
+    plan = graphs.BatchPlan(num_sequences, 100, draft_tokens=3)
     pointers = [x.data_ptr() for x in fields(plan).values()]
     plan.fill([2] * num_sequences if num_sequences < 50 else [1], range(num_sequences) if num_sequences < 50 else [0])
     assert [x.data_ptr() for x in fields(plan).values()] == pointers
@@ -93,7 +104,6 @@ BAD = {
     "few-slots": (([1, 1], [0]), {}, r"slots must have an entry for each of the 2 sequences, got 1"),
     "flags": (([1], [0]), {"has_initial_state": []}, r"has_initial_state must have an entry for each of the 1"),
     "negative": (([2, -1], [0, 1]), {}, r"lengths must not be negative, got -1"),
-    "accepted": (([2], [0]), {"num_accepted_tokens": [0]}, r"num_accepted_tokens must be at least 1, got 0"),
     "one-slot": (([1, 1], [2, 2]), {}, r"slots must name each slot once, got \[2, 2\]"),
 }
 
@@ -109,6 +119,28 @@ def test_what_no_batch_can_be_is_refused_and_nothing_written(name: str) -> None:
     assert all(torch.equal(x, before[key]) for key, x in fields(plan).items())
 
 
+BAD_VERIFICATIONS = {
+    "short": (([[0, 1]], [1]), r"slots must have 3 entries for each sequence, got \[2\]"),
+    "none-accepted": (([[0, 1, 2]], [0]), r"num_accepted_tokens must lie between 1 and 3, got \[0\]"),
+    "too-many-accepted": (([[0, 1, 2]], [4]), r"num_accepted_tokens must lie between 1 and 3, got \[4\]"),
+    "few-counts": (([[0, 1, 2]], []), r"num_accepted_tokens must have an entry for each of the 1"),
+    "one-slot": (([[0, 1, 2], [3, 4, 0]], [1, 1]), r"slots must name each slot once"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VERIFICATIONS)
+def test_what_no_verification_can_be_is_refused_and_nothing_written(name: str) -> None:
+    arguments, message = BAD_VERIFICATIONS[name]
+    plan = graphs.BatchPlan(3, 10, draft_tokens=3)
+    plan.fill_verify([[5, 6, 7]], [2])
+    before = {key: x.clone() for key, x in fields(plan).items()}
+    with pytest.raises(ValueError, match=message):
+        plan.fill_verify(*arguments)
+    assert all(torch.equal(x, before[key]) for key, x in fields(plan).items()) and plan.kind == "verify"
+    with pytest.raises(RuntimeError, match="must fit the plan of 3 sequences and 10 tokens, got 4 and 12"):
+        plan.fill_verify([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]], [1] * 4)
+
+
 def test_a_plan_holds_at_least_one_sequence_and_token() -> None:
     with pytest.raises(ValueError, match=r"^num_sequences must be at least 1, got 0$"):
         graphs.BatchPlan(0, 4)
@@ -122,11 +154,18 @@ def test_a_decode_takes_one_token_of_each_sequence_and_rows_that_fit() -> None:
     assert plan.batch(3).state_indices.tolist() == [3, 0, -1] and plan.batch(3).cu_seqlens is None
     assert plan.batch(3).state_indices.data_ptr() == plan.state_indices.data_ptr()
     for rows in (1, 5):
-        with pytest.raises(RuntimeError, match=f"decode_rows must lie between .* 2 sequences .* 4, got {rows}$"):
+        with pytest.raises(RuntimeError, match=f"rows must lie between .* 2 sequences .* 4, got {rows}$"):
             plan.batch(rows)
-    plan.fill([1, 2], [3, 0])
-    with pytest.raises(RuntimeError, match="a decode must have one token of each sequence"):
-        plan.batch(3)
+    with pytest.raises(RuntimeError, match="the batch must be a verify to be taken by rows, got a decode"):
+        plan.batch(3, verify=True)
+    # a sequence of two tokens, and one whose slot holds another's state
+    for lengths, known in (([1, 2], [True, True]), ([1, 1], [True, False])):
+        plan.fill(lengths, [3, 0], has_initial_state=known)
+        with pytest.raises(RuntimeError, match="the batch must be a decode to be taken by rows, got a prefill"):
+            plan.batch(3)
+    plan.fill_verify([[1], [0]], [1, 1])
+    with pytest.raises(RuntimeError, match="a verification must be taken by rows"):
+        plan.batch()
 
 
 @pytest.mark.parametrize("phase", ["prefill", "mixed", "decode", "empty"])

@@ -57,12 +57,13 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut: str)
     model = Model()
     runner = captured(model, cut)
     assert runner.captured == dict.fromkeys(SIZES, 3)
+    call = runner.call
     ours, theirs = model.states(), model.states()
     plan = graphs.BatchPlan(4, 40)
     for number, (lengths, slots, decode) in enumerate(BATCHES):
         count = sum(lengths)
         x = tokens(count, number)
-        known = [bool((number + i) % 2) for i in range(len(lengths))]
+        known = [decode or bool((number + i) % 2) for i in range(len(lengths))]
         plan.fill(lengths, slots, has_initial_state=known)
         metadata = plan.batch(len(lengths)) if decode else plan.batch()
         size = next((size for size in SIZES if size >= count), count)
@@ -70,6 +71,8 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut: str)
         with graphs.forward_context(theirs, metadata):
             wanted = model(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
         runner.input.fill_(torch.nan)
+        # a replay of a compiled model runs neither the model nor Dynamo
+        runner.call = None if cut == "operator" and count <= SIZES[-1] else call
         with graphs.forward_context(ours, metadata):
             found = runner(padded(x, count + number), count)
         assert not found[count:].any() and len(found) == count + number
@@ -137,6 +140,43 @@ def test_pieces_compiled_by_inductor_are_the_model_up_to_rounding() -> None:
     assert runner.captured == dict.fromkeys((1, 8, 16), 3) and runner.graphs == 1
 
 
+def test_partitions_of_inductors_replay_in_order_and_are_the_model_up_to_rounding(monkeypatch) -> None:
+    from torch._inductor import config, scheduler
+
+    # Inductor cuts graphs for GPUs only: its nodes are made to look like a GPU's
+    monkeypatch.setattr(scheduler.BaseSchedulerNode, "is_gpu", lambda self: True)
+    model = Model()
+    with config.patch(force_disable_caches=True):
+        runner = captured(model, "partition", (1, 8, 16))
+    assert runner.captured == dict.fromkeys((1, 8, 16), 3) and runner.graphs == 1
+    assert torch._inductor.utils._unstable_customized_partition_wrapper.wrapper is None
+    compiled, runner.call = runner.call, None  # a replay runs nothing of the model
+    ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(4, 40)
+    for number, (lengths, slots, decode) in enumerate(BATCHES[:4]):
+        plan.fill(lengths, slots)
+        metadata, x = plan.batch(len(lengths)) if decode else plan.batch(), tokens(sum(lengths), number)
+        with graphs.forward_context(theirs, metadata):
+            wanted = model(x)
+        runner.input.fill_(torch.nan)
+        with graphs.forward_context(ours, metadata):
+            found = runner(x)
+        torch.testing.assert_close([found, *pools(ours)], [wanted, *pools(theirs)])
+    plan.fill([20], [1])
+    runner.call = compiled
+    with graphs.forward_context(theirs, plan.batch()):
+        wanted = model(tokens(20))
+    with graphs.forward_context(ours, plan.batch()):
+        torch.testing.assert_close(runner(tokens(20)), wanted)
+    assert (runner.replays, runner.eager, runner.graphs) == (4, 1, 1)
+
+
+def test_without_a_gpu_inductor_makes_no_partitions_and_the_runner_says_so() -> None:
+    runner = graphs.PiecewiseRunner(Model(), (8,), cut="partition")
+    with pytest.raises(RuntimeError, match="^cut 'partition' must have a GPU"):
+        runner.capture(Model().states(), tokens(2))
+    assert not runner.captured
+
+
 def test_no_tokens_are_no_rows() -> None:
     model = Model()
     runner, plan = captured(model, "segments"), graphs.BatchPlan(2, 4)
@@ -145,13 +185,18 @@ def test_no_tokens_are_no_rows() -> None:
         assert not runner(padded(tokens(0), 3), 0).any()
 
 
-def test_a_piece_with_an_argument_elsewhere_is_refused() -> None:
-    """A CUDA graph would read the old memory: the stand-in on a CPU does, and both are refused."""
-    piece = graphs._HeldPiece(lambda x: x + 1, (x := torch.zeros(2),), None)
+def test_a_piece_reads_its_arguments_where_they_were_and_writes_its_results_there() -> None:
+    held = graphs._Held(None, graphs.BatchMetadata(torch.empty(0, dtype=torch.int32)))
+    result = held.piece(lambda args: args.pop() + 1, [x := torch.zeros(2)])
     x.fill_(4)
-    assert torch.equal(piece.replay((x,)), torch.full((2,), 5.0))
-    with pytest.raises(RuntimeError, match="must get its arguments where they were at capture"):
-        piece.replay((x.clone(),))
+    held.replay()
+    assert torch.equal(result, torch.full((2,), 5.0)) and held.pieces == 1
+
+
+def test_a_split_operator_with_results_is_refused() -> None:
+    held = graphs._Held(None, graphs.BatchMetadata(torch.empty(0, dtype=torch.int32)))
+    with pytest.raises(RuntimeError, match="a split operator must write a caller's tensor and return nothing"):
+        held.between(torch.sin, torch.zeros(2))
 
 
 class Recorder(TorchDispatchMode):
@@ -280,10 +325,10 @@ def test_what_a_runner_cannot_serve_is_refused_and_nothing_written(cut: str) -> 
 
 
 def test_unknown_cuts_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^cut must be 'operator' or 'segments', got 'layers'$"):
+    with pytest.raises(ValueError, match=r"^cut must be one of 'operator', 'partition', 'segments', got 'layers'$"):
         graphs.PiecewiseRunner(Model(), SIZES, cut="layers")
-    for sizes in ((), (0, 4)):
-        with pytest.raises(ValueError, match="sizes must be token counts of at least 1"):
+    for sizes, message in (((), "sizes must hold a token count"), ((0, 4), "sizes must be counts of at least 1")):
+        with pytest.raises(ValueError, match=message):
             graphs.PiecewiseRunner(Model(), sizes)
 
 

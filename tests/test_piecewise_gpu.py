@@ -91,7 +91,7 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut):
     for number, (lengths, slots, decode) in enumerate(BATCHES):
         count = sum(lengths)
         x = tokens(count, number)
-        plan.fill(lengths, slots, has_initial_state=[bool((number + i) % 2) for i in range(len(lengths))])
+        plan.fill(lengths, slots, has_initial_state=[decode or bool((number + i) % 2) for i in range(len(lengths))])
         metadata = plan.batch(len(lengths)) if decode else plan.batch()
         past = count > SIZES[-1]
         size = count + number if past else next(size for size in SIZES if size >= count)
@@ -211,7 +211,7 @@ def test_a_plan_serves_a_model_captured_whole(decode):
         if decode != is_decode or count > size:
             continue
         x.copy_(torch.cat([tokens(count, number), x.new_full((size - count, HIDDEN), torch.nan)]))
-        known = [bool((number + i) % 2) for i in range(len(lengths))]
+        known = [decode or bool((number + i) % 2) for i in range(len(lengths))]
         plan.fill(lengths, slots, has_initial_state=known)
         graph.replay()
         integers = [torch.tensor(values, dtype=torch.int32, device="cuda") for values in (slots, [0, *lengths])]
