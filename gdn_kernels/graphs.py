@@ -15,6 +15,7 @@ import functools
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,10 @@ class BatchMetadata:
     pad_slot_id: int = -1
     draft_indices: torch.Tensor | None = None
     num_accepted_tokens: torch.Tensor | None = None
+
+
+#: What a batch may be, see :class:`BatchPlan`.
+KINDS = ("prefill", "decode", "verify")
 
 
 class BatchPlan:
@@ -196,30 +201,30 @@ class BatchPlan:
         self._buffer.copy_(staged, non_blocking=True)
         self.count, self.tokens, self.kind = count, tokens, kind
 
-    def batch(self, rows: int | None = None, *, verify: bool = False) -> BatchMetadata:
+    def batch(self, rows: int | None = None, *, kind: str = "prefill") -> BatchMetadata:
         """The plan as a forward context takes it: the persistent tensors, or their first rows.
 
         Args:
-            rows: None: prefill, or prefill and decode together, told apart by ``cu_seqlens``. Else a decode, or with
-                ``verify`` a verification, of that many sequences, at least as many as the plan holds; those past its
-                own are padding.
+            rows: sequences, at least as many as the plan holds; those past its own are padding. Default: all N.
+            kind: of the metadata. ``"prefill"`` takes decodes too, mixed with prefills or not.
 
         Raises RuntimeError: more rows than the plan, fewer than its batch, or a batch of another kind.
         """
-        if rows is None:
-            if self.kind == "verify" and self.count:
-                raise RuntimeError("a verification must be taken by rows, got rows None")
-            return BatchMetadata(self.state_indices, self.cu_seqlens, self.has_initial_state, self.pad_slot_id)
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        rows = self.num_sequences if rows is None else rows
         if not self.count <= rows <= self.num_sequences:
             raise RuntimeError(
                 f"rows must lie between the batch's {self.count} sequences and the plan's {self.num_sequences}, "
                 f"got {rows}"
             )
-        kind = "verify" if verify else "decode"
-        if self.count and kind != self.kind:
-            raise RuntimeError(f"the batch must be a {kind} to be taken by rows, got a {self.kind}")
-        drafts = (self.draft_indices[:rows], self.num_accepted_tokens[:rows]) if verify else (None, None)
-        return BatchMetadata(self.state_indices[:rows], None, None, self.pad_slot_id, *drafts)
+        if self.count and kind != self.kind and (kind, self.kind) != ("prefill", "decode"):
+            raise RuntimeError(f"the batch must be a {kind}, got a {self.kind}")
+        slots = self.state_indices[:rows]
+        if kind == "prefill":
+            return BatchMetadata(slots, self.cu_seqlens[: rows + 1], self.has_initial_state[:rows], self.pad_slot_id)
+        drafts = (self.draft_indices[:rows], self.num_accepted_tokens[:rows]) if kind == "verify" else (None, None)
+        return BatchMetadata(slots, None, None, self.pad_slot_id, *drafts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -585,6 +590,7 @@ class _Runner:
 
     def __init__(self, model: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.call, self.replays, self.eager = model, 0, 0
+        self.seconds: dict[Any, float] = {}
         self._sizes: dict[Any, _Held] = {}
         self._held: _Held | None = None
         self._pool: Any = None
@@ -631,9 +637,11 @@ class _Runner:
             with torch.cuda.stream(stream):
                 # largest first: the smaller ones then fit into its memory
                 for key, rows, metadata in sorted(sizes, key=lambda size: -size[1]):
+                    start = time.perf_counter()
                     done[key] = held = _Held(self._pool, metadata)
                     with forward_context(layers, metadata):
                         held.result = _borrowed(self._record(held, buffer[:rows]))
+                    self.seconds[key] = time.perf_counter() - start
             if stream is not None:
                 torch.cuda.current_stream(example.device).wait_stream(stream)
         self.input, self._sizes = buffer, done
@@ -699,7 +707,8 @@ class PiecewiseRunner(_Runner):
 
     Attributes:
         graphs: how many graphs Dynamo has made. replays, eager: calls that were replayed, and past the largest size.
-        captured: pieces by size.
+        captured: pieces by size. seconds: that the capture of each took on the host, in the order of capture; the first
+        also compiled, unless ``call`` had been called.
 
     Raises ValueError for another ``cut`` or for sizes below 1.
     """
@@ -859,12 +868,12 @@ class WholeRunner(_Runner):
         if not any(self.sizes.values()):
             raise ValueError("sizes, decode_rows or verify_rows must hold a count, got none")
 
-    def _batch(self, kind: str, rows: int) -> tuple[int, BatchMetadata]:
+    def _batch(self, kind: str, size: int) -> tuple[int, BatchMetadata]:
         """Tokens and metadata of a batch of ``kind`` at a captured size."""
         if kind == "prefill":
-            return rows, self.plan.batch()
-        verify = kind == "verify"
-        return rows * (self.plan.draft_tokens if verify else 1), self.plan.batch(rows, verify=verify)
+            # so many tokens are at most so many sequences; programs of empty ones would only cost time
+            return size, self.plan.batch(min(size, self.plan.num_sequences))
+        return size * (self.plan.draft_tokens if kind == "verify" else 1), self.plan.batch(size, kind=kind)
 
     def capture(self, layers: Mapping[int, LayerState], example: torch.Tensor) -> None:
         """Capture every size, on the empty plan: no state is written. The graphs keep ``layers``.
@@ -897,12 +906,13 @@ class WholeRunner(_Runner):
         plan = self.plan
         if x.shape[0] < plan.tokens:
             raise ValueError(f"x must hold the plan's {plan.tokens} tokens, got {x.shape[0]} rows")
-        rows = _next_size(self.sizes[plan.kind], plan.tokens if plan.kind == "prefill" else plan.count)
-        held = self._sizes.get((plan.kind, rows))
-        # past the largest size the model runs on a batch of its own number of rows
-        metadata = self._batch(plan.kind, plan.count)[1] if held is None else held.metadata
+        kind = plan.kind
+        size = _next_size(self.sizes[kind], max(plan.tokens, plan.count) if kind == "prefill" else plan.count)
+        held = self._sizes.get((kind, size))
+        # past the largest size the model runs on a batch of its own number of sequences
+        metadata = plan.batch(plan.count, kind=kind) if held is None else held.metadata
         with forward_context(self.layers, metadata):
-            return self._serve(x, plan.tokens, (plan.kind, rows))
+            return self._serve(x, plan.tokens, (kind, size))
 
 
 def piecewise_backend(

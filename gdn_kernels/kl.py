@@ -44,7 +44,7 @@ class Mode:
         x, plan = torch.tensor(tokens, device=self.device), self.plan
         if isinstance(self.runner, graphs.WholeRunner):
             return self.runner(x)
-        batch = plan.batch() if plan.kind == "prefill" else plan.batch(self.sequences, verify=plan.kind == "verify")
+        batch = plan.batch(kind=plan.kind)
         if self.runner is not None:
             return self.server.run(self.runner, x, batch)
         size = next(size for size in self.sizes if size >= len(x))

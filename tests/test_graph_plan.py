@@ -80,7 +80,8 @@ def test_the_tensors_stay_where_they_are_at_16_bytes(num_sequences: int) -> None
     assert all((pointer - start) % 16 == 0 for pointer in pointers)
     assert {x.dtype for x in fields(plan).values()} == {torch.int32, torch.bool}
     metadata = plan.batch()
-    assert metadata.cu_seqlens is plan.cu_seqlens and metadata.state_indices is plan.state_indices
+    assert metadata.cu_seqlens.data_ptr() == plan.cu_seqlens.data_ptr()
+    assert metadata.state_indices.data_ptr() == plan.state_indices.data_ptr()
 
 
 LARGER = {
@@ -151,21 +152,26 @@ def test_a_plan_holds_at_least_one_sequence_and_token() -> None:
 def test_a_decode_takes_one_token_of_each_sequence_and_rows_that_fit() -> None:
     plan = graphs.BatchPlan(4, 16)
     plan.fill([1, 1], [3, 0])
-    assert plan.batch(3).state_indices.tolist() == [3, 0, -1] and plan.batch(3).cu_seqlens is None
-    assert plan.batch(3).state_indices.data_ptr() == plan.state_indices.data_ptr()
+    assert (
+        plan.batch(3, kind="decode").state_indices.tolist() == [3, 0, -1]
+        and plan.batch(3, kind="decode").cu_seqlens is None
+    )
+    assert plan.batch(3, kind="decode").state_indices.data_ptr() == plan.state_indices.data_ptr()
     for rows in (1, 5):
         with pytest.raises(RuntimeError, match=f"rows must lie between .* 2 sequences .* 4, got {rows}$"):
-            plan.batch(rows)
-    with pytest.raises(RuntimeError, match="the batch must be a verify to be taken by rows, got a decode"):
-        plan.batch(3, verify=True)
+            plan.batch(rows, kind="decode")
+    with pytest.raises(RuntimeError, match="the batch must be a verify, got a decode"):
+        plan.batch(3, kind="verify")
     # a sequence of two tokens, and one whose slot holds another's state
     for lengths, known in (([1, 2], [True, True]), ([1, 1], [True, False])):
         plan.fill(lengths, [3, 0], has_initial_state=known)
-        with pytest.raises(RuntimeError, match="the batch must be a decode to be taken by rows, got a prefill"):
-            plan.batch(3)
+        with pytest.raises(RuntimeError, match="the batch must be a decode, got a prefill"):
+            plan.batch(3, kind="decode")
     plan.fill_verify([[1], [0]], [1, 1])
-    with pytest.raises(RuntimeError, match="a verification must be taken by rows"):
+    with pytest.raises(RuntimeError, match="the batch must be a prefill, got a verify"):
         plan.batch()
+    with pytest.raises(ValueError, match="kind must be one of 'prefill', 'decode', 'verify', got 'train'"):
+        plan.batch(kind="train")
 
 
 @pytest.mark.parametrize("phase", ["prefill", "mixed", "decode", "empty"])
@@ -184,7 +190,7 @@ def test_a_plan_gives_the_bits_of_a_batch_of_its_own_size(phase: str) -> None:
     plan.fill(lengths, slots, has_initial_state=known)
     slots = torch.tensor(slots, dtype=torch.int32)
     if phase == "decode":
-        found, wanted = run(made, plan.batch(6), x), run(made, graphs.BatchMetadata(slots), x)
+        found, wanted = run(made, plan.batch(6, kind="decode"), x), run(made, graphs.BatchMetadata(slots), x)
     else:
         offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         alone = graphs.BatchMetadata(slots, offsets, torch.tensor(known, dtype=torch.bool))

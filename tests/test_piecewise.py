@@ -65,7 +65,7 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut: str)
         x = tokens(count, number)
         known = [decode or bool((number + i) % 2) for i in range(len(lengths))]
         plan.fill(lengths, slots, has_initial_state=known)
-        metadata = plan.batch(len(lengths)) if decode else plan.batch()
+        metadata = plan.batch(len(lengths), kind="decode") if decode else plan.batch()
         size = next((size for size in SIZES if size >= count), count)
         # what the model gives at the same number of rows, whose projections may round by it
         with graphs.forward_context(theirs, metadata):
@@ -103,9 +103,9 @@ def test_a_decode_of_more_rows_than_tokens_takes_a_size_that_holds_its_rows(cut:
     runner, plan = captured(model, cut), graphs.BatchPlan(6, 6)
     plan.fill([1, 1], [3, 0])
     layers, alone = model.states(), model.states()
-    with graphs.forward_context(layers, plan.batch(6)):
+    with graphs.forward_context(layers, plan.batch(6, kind="decode")):
         found = runner(tokens(2))
-    with graphs.forward_context(alone, plan.batch(2)):
+    with graphs.forward_context(alone, plan.batch(2, kind="decode")):
         wanted = model(tokens(2))
     torch.testing.assert_close([found, *pools(layers)], [wanted, *pools(alone)])
 
@@ -154,7 +154,7 @@ def test_partitions_of_inductors_replay_in_order_and_are_the_model_up_to_roundin
     ours, theirs, plan = model.states(), model.states(), graphs.BatchPlan(4, 40)
     for number, (lengths, slots, decode) in enumerate(BATCHES[:4]):
         plan.fill(lengths, slots)
-        metadata, x = plan.batch(len(lengths)) if decode else plan.batch(), tokens(sum(lengths), number)
+        metadata, x = plan.batch(len(lengths), kind="decode") if decode else plan.batch(), tokens(sum(lengths), number)
         with graphs.forward_context(theirs, metadata):
             wanted = model(x)
         runner.input.fill_(torch.nan)
@@ -254,7 +254,7 @@ def test_segments_begin_and_end_around_each_core_and_replay_over_their_memory(mo
             continue
         x, size = tokens(count, number), next(size for size in SIZES if size >= count)
         plan.fill(lengths, slots)
-        metadata = plan.batch(len(lengths)) if decode else plan.batch()
+        metadata = plan.batch(len(lengths), kind="decode") if decode else plan.batch()
         with graphs.forward_context(theirs, metadata):
             wanted = model(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
         runner.input.fill_(torch.nan)

@@ -92,7 +92,7 @@ def test_replays_have_the_bits_of_the_model_whatever_fills_the_padding(cut):
         count = sum(lengths)
         x = tokens(count, number)
         plan.fill(lengths, slots, has_initial_state=[decode or bool((number + i) % 2) for i in range(len(lengths))])
-        metadata = plan.batch(len(lengths)) if decode else plan.batch()
+        metadata = plan.batch(len(lengths), kind="decode") if decode else plan.batch()
         past = count > SIZES[-1]
         size = count + number if past else next(size for size in SIZES if size >= count)
         # what the model gives at the same number of rows: a projection's kernel, and so its rounding, follows it
@@ -268,9 +268,9 @@ def test_accepted_tokens_are_those_of_a_prefill_whatever_was_rejected():
         x = x.flatten(0, 1)
         plan.fill_verify(slots, last)
         runner.plan.fill_verify(slots, last)
-        with graphs.forward_context(layers["eager"], plan.batch(2, verify=True)):
+        with graphs.forward_context(layers["eager"], plan.batch(2, kind="verify")):
             eager = model(x).unflatten(0, (2, DRAFTS))
-        with graphs.forward_context(layers["split"], plan.batch(2, verify=True)):
+        with graphs.forward_context(layers["split"], plan.batch(2, kind="verify")):
             split = pieces(x).unflatten(0, (2, DRAFTS))
         captured = runner(x).unflatten(0, (2, DRAFTS))
         for n, count in enumerate(step):

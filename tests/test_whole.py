@@ -130,7 +130,7 @@ def test_accepted_tokens_have_the_outputs_of_a_prefill_whatever_was_rejected(cap
             plan.fill_verify(slots, last)
             if runner is not None:
                 return runner(x)
-            with graphs.forward_context(layers, plan.batch(3, verify=True)):
+            with graphs.forward_context(layers, plan.batch(3, kind="verify")):
                 # the third row of the plan holds no sequence
                 return model(padded(x, 3 * DRAFTS))[: len(x)]
 
@@ -149,7 +149,7 @@ def test_accepted_tokens_have_the_outputs_of_a_prefill_whatever_was_rejected(cap
 def test_a_verification_that_does_not_fit_is_refused_and_writes_nothing() -> None:
     model, plan = Model(), plan_of()
     plan.fill_verify([[0, 1, 2]], [1])
-    metadata = plan.batch(1, verify=True)
+    metadata = plan.batch(1, kind="verify")
     layers, x = states(model, DRAFTS), tokens(6)
     narrow = states(model)
     bad = {
