@@ -359,7 +359,8 @@ def load_facts(way: Way, x: torch.Tensor, requests: int) -> dict[str, Any]:
 
 
 def check(way: Way, x: torch.Tensor, wanted: dict[str, torch.Tensor]) -> float:
-    """The largest relative error of the way's outputs against those kept of the first; AssertionError past ERROR."""
+    """The largest relative error of the way's outputs against ``wanted``, which the first way fills; AssertionError
+    past ERROR."""
     worst = 0.0
     for kind, size in (("prefill", PREFILL_TOKENS[-2]), ("decode", DECODE_ROWS[-2])):
         fill(way.plan, kind, size)
@@ -370,15 +371,15 @@ def check(way: Way, x: torch.Tensor, wanted: dict[str, torch.Tensor]) -> float:
     return worst
 
 
-def measure(
-    name: str, stack: Stack, wanted: dict[str, torch.Tensor], quick: bool, only_capture: bool
-) -> dict[str, Any]:
-    """All figures of one way; what it holds is given back."""
+def measure(name: str, stack: Stack, quick: bool) -> dict[str, Any]:
+    """All figures of one way, of ``naive-norm`` those of its capture; what the way holds is given back."""
     torch._dynamo.reset()
     x = torch.randn(SIZES[-1], HIDDEN, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE, dtype=DTYPE)
+    wanted: dict[str, torch.Tensor] = {}
+    check(Way("eager", stack, []), x, wanted)
     way = Way(name, stack, SIZES[:: 3 if quick and ON_GPU else 1])
     facts: dict[str, Any] = {"way": name, "capture": way.facts, "error": check(way, x, wanted)}
-    if not only_capture:
+    if name != NAIVE:
         least = 0.05 if quick else 0.15
         for kind, sizes in (("prefill", PREFILL_TOKENS), ("decode", DECODE_ROWS)):
             picked = sizes[:: 2 if quick else 1]
@@ -395,13 +396,13 @@ def measure(
 def bench(ranks: list[int], layers: int, quick: bool) -> dict[str, Any]:
     rows = []
     for rank in ranks:
-        print(f"\none of {rank} ranks, {layers} layers", flush=True)
-        stack, wanted = Stack(RANKS[rank], rank, layers), {}
+        print(f"\ntensor parallel {rank}, {layers} layers", flush=True)
+        stack = Stack(RANKS[rank], rank, layers)
         if ON_GPU:
             print(launch.warmup(RANKS[rank], DEVICE), flush=True)
         for name in ("eager", *WAYS[:-1], NAIVE):
             start = time.perf_counter()
-            row = {"ranks": rank, **measure(name, stack, wanted, quick, name == NAIVE)}
+            row = {"ranks": rank, **measure(name, stack, quick)}
             rows.append(row | {"wall_s": time.perf_counter() - start})
             print(line(rows[-1]), flush=True)
         print(ratios([row for row in rows if row["ranks"] == rank]), flush=True)
@@ -467,9 +468,14 @@ def plot(path: Path, folder: Path) -> list[Path]:
     for i, rank in enumerate(ranks):
         for j, kind in enumerate(("prefill", "decode")):
             ax = axes[i][j]
+            ticks: set[int] = set()
             for row in (row for row in rows if row["ranks"] == rank and kind in row):
-                ax.plot([int(size) for size in row[kind]], list(row[kind].values()), marker="o", ms=3, label=row["way"])
-            ax.set(xscale="log", yscale="log", title=f"{kind}, 1 of {rank} ranks", ylabel="tokens/s")
+                sizes = [int(size) for size in row[kind]]
+                ax.plot(sizes, list(row[kind].values()), marker="o", ms=3, label=row["way"])
+                ticks.update(sizes)
+            ax.set(xscale="log", yscale="log", title=f"{kind}, tensor parallel {rank}", ylabel="tokens/s")
+            ax.set_xticks(sorted(ticks), map(str, sorted(ticks)), fontsize=7)
+            ax.set_xticks([], minor=True)
             ax.set_xlabel("tokens a batch" if kind == "prefill" else "sequences")
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
@@ -484,7 +490,9 @@ def plot(path: Path, folder: Path) -> list[Path]:
                 sums.append(total)
             label = f"{row['way']}: {capture['dynamo_graphs']} graphs, {capture['triton_builds_in_capture']} builds"
             ax.plot(range(len(sums) + 1), [capture["compile_s"], *sums], label=label)
-        ax.set(title=f"1 of {rank} ranks", xlabel="sizes captured", ylabel="seconds, with compilation", ylim=(0, None))
+        ax.set(
+            title=f"tensor parallel {rank}", xlabel="sizes captured", ylabel="seconds, with compilation", ylim=(0, None)
+        )
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     save(figure, "capture")
@@ -498,7 +506,7 @@ def plot(path: Path, folder: Path) -> list[Path]:
         ):
             bars = ax.bar([row["way"] for row in found], [row["load"][key] for row in found], color="tab:blue")
             ax.bar_label(bars, fmt="%.4g", fontsize=8)
-            ax.set(title=f"mixed load, 1 of {rank} ranks", ylabel=label)
+            ax.set(title=f"mixed load, tensor parallel {rank}", ylabel=label)
             ax.tick_params(axis="x", labelsize=8)
     save(figure, "load")
     return written
@@ -516,7 +524,7 @@ def test_mixed_load(way: str, benchmark: Any) -> None:
     stack = Stack(RANKS[rank], rank, LAYERS)
     if ON_GPU:
         launch.warmup(RANKS[rank], DEVICE)
-    facts = benchmark.pedantic(lambda: measure(way, stack, {}, True, False), rounds=1)
+    facts = benchmark.pedantic(lambda: measure(way, stack, True), rounds=1)
     benchmark.extra_info.update({**timing.versions(), "case": f"tp{rank}-layer-{way}", **facts})
     print("\n" + line(facts | {"wall_s": benchmark.stats.stats.total}))
 

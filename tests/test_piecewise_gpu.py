@@ -318,22 +318,32 @@ def test_an_exception_while_capturing_leaves_stream_plan_and_context_usable():
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [*CUTS, "whole"])
 def test_two_runners_on_two_streams_in_two_threads(cut):
-    model = Model()
-    runners, both = [captured(model, cut) for _ in range(2)], threading.Barrier(2, timeout=60)
+    model, both = Model(), threading.Barrier(2, timeout=60)
+    layers = [model.states(DRAFTS) for _ in range(2)]
+    before = [[pool.clone() for pool in pools(each)] for each in layers]
+    runners = [whole(model, each) if cut == "whole" else captured(model, cut) for each in layers]
     torch.cuda.synchronize()
 
     def serve(which: int, wait) -> list[torch.Tensor]:
+        runner = runners[which]
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            layers, plan, found = model.states(), graphs.BatchPlan(3, 150, device="cuda"), []
+            for pool, saved in zip(pools(layers[which]), before[which], strict=True):
+                pool.copy_(saved)
+            plan, found = graphs.BatchPlan(3, 150, device="cuda"), []
+            plan = runner.plan if cut == "whole" else plan
             for step in range(8):
                 wait()
                 plan.fill([20 + which, 100], [(which + step) % SLOTS, (which + step + 5) % SLOTS])
-                with graphs.forward_context(layers, plan.batch()):
-                    found.append(runners[which](tokens(120 + which, step)))
+                x = tokens(120 + which, step)
+                if cut == "whole":
+                    found.append(runner(x))
+                    continue
+                with graphs.forward_context(layers[which], plan.batch()):
+                    found.append(runner(x))
             torch.cuda.current_stream().synchronize()
-        return [*found, *pools(layers)]
+        return [*found, *(pool.clone() for pool in pools(layers[which]))]
 
     found = {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: serve(i, both.wait)})) for i in range(2)]

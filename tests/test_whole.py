@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 from test_graphs import HIDDEN, SLOTS, Model, pools
-from test_piecewise import padded, tokens
+from test_piecewise import Recorder, padded, stand_in, tokens
 from token_cases import assert_same_bits
 
 from gdn_kernels import graphs
@@ -89,6 +90,27 @@ def test_one_plan_serves_prefill_mixed_and_decode_batches_with_the_bits_of_the_m
         kept = [pool for layer in ours.values() for pool in (layer.conv_windows, layer.recurrent_state)]
         assert_same_bits([found[:count], *kept], [wanted, *pools(theirs)], f"batch {number}")
     assert (runner.replays, runner.eager) == (len(BATCHES) - 2, 2)
+
+
+def test_a_captured_model_replays_over_its_memory_and_the_plan_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan, recorder = Model(), plan_of(), Recorder(cores=True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", stand_in(recorder))
+    ours, theirs = states(model), model.states()
+    runner = graphs.WholeRunner(model, plan, SIZES, decode_rows=DECODE_ROWS)
+    runner._pool = "pool"
+    with recorder:
+        runner.capture(ours, tokens(1))
+    assert recorder.begun == len(SIZES) + len(DECODE_ROWS)
+    runner.call = None  # from here on nothing of the model's Python runs
+    for number, (lengths, slots, known) in enumerate(BATCHES[:5]):
+        count = sum(lengths)
+        plan.fill(lengths, slots, has_initial_state=known)
+        sizes = DECODE_ROWS if plan.kind == "decode" else SIZES
+        x, size = tokens(count, number), next(size for size in sizes if size >= count)
+        with graphs.forward_context(theirs, plan.batch(len(lengths), kind=plan.kind)):
+            wanted = model(torch.cat([x, x.new_zeros(size - count, HIDDEN)]))[:count]
+        runner.input.fill_(torch.nan)
+        assert_same_bits([runner(x), *pools(ours)], [wanted, *pools(theirs)], f"batch {number}")
 
 
 def verified(serve, text: list[torch.Tensor], accepted: list[list[int]], wrong: float) -> list[torch.Tensor]:
@@ -225,3 +247,26 @@ def test_an_exception_inside_the_core_leaves_a_whole_runner_usable() -> None:
     runner.layers = layers
     assert graphs.current_context() is None
     assert_same_bits([runner(x)], [wanted], "after an exception")
+
+
+def test_two_whole_runners_in_two_threads_serve_their_own_plans() -> None:
+    model, both = Model(), threading.Barrier(2, timeout=60)
+
+    def serve(which: int, wait) -> list[torch.Tensor]:
+        with torch.no_grad():
+            plan, layers = plan_of(), states(model)
+            runner, found = whole(model, plan, layers), []
+            for step in range(3):
+                wait()
+                plan.fill([2 + which, 3], [(which + step) % SLOTS, 5 - which], has_initial_state=[False, True])
+                found.append(runner(tokens(5 + which, step)))
+            return [*found, *pools(layers)]
+
+    found = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: serve(i, both.wait)})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which in range(2):
+        assert_same_bits(found[which], serve(which, lambda: None), f"runner {which}")
