@@ -568,7 +568,7 @@ class _Held:
 
 
 class _Piece(torch.nn.Module):
-    """Stands for a submodule of a cut graph, and for a partition of Inductor's: a runner that captures records it."""
+    """Stands for a submodule of a cut graph, which its runner records while it captures."""
 
     def __init__(self, runner: _Runner, call: Callable[..., Any], captured: bool) -> None:
         super().__init__()
@@ -627,11 +627,10 @@ class _Runner:
             buffer = example.new_zeros(max(rows for _, rows, _ in sizes), *example.shape[1:])
             stream = torch.cuda.Stream(example.device) if example.is_cuda else None
             if stream is not None:
-                # a collection while a stream captures may free what a capture must not
-                gc.collect()
+                gc.collect()  # as torch.cuda.graph does: rather now than while a stream captures
                 self._pool = torch.cuda.graph_pool_handle()
                 stream.wait_stream(torch.cuda.current_stream(example.device))
-            done = {}
+            done, seconds = {}, {}
             with torch.cuda.stream(stream):
                 # largest first: the smaller ones then fit into its memory
                 for key, rows, metadata in sorted(sizes, key=lambda size: -size[1]):
@@ -639,10 +638,10 @@ class _Runner:
                     done[key] = held = _Held(self._pool, metadata)
                     with forward_context(layers, metadata):
                         held.result = _borrowed(self._record(held, buffer[:rows]))
-                    self.seconds[key] = time.perf_counter() - start
+                    seconds[key] = time.perf_counter() - start
             if stream is not None:
                 torch.cuda.current_stream(example.device).wait_stream(stream)
-        self.input, self._sizes = buffer, done
+        self.input, self._sizes, self.seconds = buffer, done, seconds
 
     def _record(self, held: _Held, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -668,8 +667,9 @@ class _Runner:
                 self.input[:tokens].copy_(x[:tokens])
                 y = held.replay()
                 self.replays += 1
-            result = y.new_zeros(x.shape[0], *y.shape[1:])
+            result = y.new_empty(x.shape[0], *y.shape[1:])
             result[:tokens].copy_(y[:tokens])
+            result[tokens:].zero_()
         return result
 
 
