@@ -842,7 +842,9 @@ class WholeRunner(_Runner):
 
     Args:
         plan: what the graphs read; fill it, then call.
-        sizes: token counts of prefills and mixed batches. decode_rows, verify_rows: numbers of sequences.
+        sizes: token counts of prefills and mixed batches. prefill_rows: the sequences that these hold at most, by
+            default as many as the plan; each empty one costs its programs.
+        decode_rows, verify_rows: numbers of sequences.
 
     Attributes: as of :class:`PiecewiseRunner`; ``captured`` by kind and size.
     """
@@ -853,11 +855,12 @@ class WholeRunner(_Runner):
         plan: BatchPlan,
         sizes: Sequence[int] = (),
         *,
+        prefill_rows: int | None = None,
         decode_rows: Sequence[int] = (),
         verify_rows: Sequence[int] = (),
     ) -> None:
         super().__init__(model)
-        self.plan = plan
+        self.plan, self.prefill_rows = plan, plan.num_sequences if prefill_rows is None else prefill_rows
         self.sizes = {
             "prefill": _token_counts("sizes", sizes),
             "decode": _token_counts("decode_rows", decode_rows),
@@ -869,8 +872,7 @@ class WholeRunner(_Runner):
     def _batch(self, kind: str, size: int) -> tuple[int, BatchMetadata]:
         """Tokens and metadata of a batch of ``kind`` at a captured size."""
         if kind == "prefill":
-            # so many tokens are at most so many sequences; programs of empty ones would only cost time
-            return size, self.plan.batch(min(size, self.plan.num_sequences))
+            return size, self.plan.batch(min(size, self.prefill_rows))
         return size * (self.plan.draft_tokens if kind == "verify" else 1), self.plan.batch(size, kind=kind)
 
     def capture(self, layers: Mapping[int, LayerState], example: torch.Tensor) -> None:
@@ -906,6 +908,8 @@ class WholeRunner(_Runner):
             raise ValueError(f"x must hold the plan's {plan.tokens} tokens, got {x.shape[0]} rows")
         kind = plan.kind
         size = _next_size(self.sizes[kind], max(plan.tokens, plan.count) if kind == "prefill" else plan.count)
+        if kind == "prefill" and plan.count > self.prefill_rows:
+            size = None
         held = self._sizes.get((kind, size))
         # past the largest size the model runs on a batch of its own number of sequences
         metadata = plan.batch(plan.count, kind=kind) if held is None else held.metadata

@@ -9,7 +9,7 @@ import torch
 from test_capture_gpu import no_synchronisation, poison
 from token_cases import assert_same_bits
 
-from gdn_kernels import graphs, nn
+from gdn_kernels import graphs, launch, nn
 
 pytestmark = pytest.mark.gpu
 
@@ -283,6 +283,49 @@ def test_accepted_tokens_are_those_of_a_prefill_whatever_was_rejected():
         error = ((actual - expected).norm() / expected.norm()).item()
         print(f"sequence {n}: {error:.1e} from a prefill")
         assert error <= 2e-2  # bf16 projections of other row counts, and the chunked form
+
+
+def test_after_warm_up_captures_and_batches_build_no_binary():
+    model = Model()
+    launch.warmup(launch.ModelShapes(H, HV, K, V, draft_tokens=DRAFTS), "cuda")
+    model.norms[0](tokens(2))  # the model's own width is none of the shapes
+    layers, plan = model.states(DRAFTS), graphs.BatchPlan(10, 300, draft_tokens=DRAFTS, device="cuda")
+    built = launch.binaries()
+    runner, pieces = whole(model, layers), captured(model, "segments")
+    for lengths, slots, decode in BATCHES:
+        for each in (runner.plan, plan):
+            each.fill(lengths, slots)
+        x = tokens(sum(lengths))
+        runner(x)
+        with graphs.forward_context(layers, plan.batch(len(lengths), kind="decode" if decode else "prefill")):
+            pieces(x)
+    runner.plan.fill_verify([[0, 1, 2], [3, 4, 5]], [1, 3])
+    runner(tokens(2 * DRAFTS))
+    assert launch.binaries() == built
+
+
+@pytest.mark.parametrize("kind", graphs.KINDS)
+def test_a_null_slot_full_of_nan_is_neither_read_nor_written(kind):
+    model = Model()
+    ours, theirs = model.states(DRAFTS), model.states(DRAFTS)
+    for pool in pools(ours):
+        pool[0] = torch.nan
+    plan, null = (graphs.BatchPlan(4, 40, draft_tokens=DRAFTS, pad_slot_id=pad, device="cuda") for pad in (0, -1))
+    runner = graphs.WholeRunner(model, plan, (4,), decode_rows=(2,), verify_rows=(2,))
+    runner.capture(ours, tokens(2))
+    for each, pad in ((plan, 0), (null, -1)):
+        if kind == "verify":
+            each.fill_verify([[2, 4, 6], [pad] * DRAFTS], [1, 1])
+        else:
+            each.fill([1, 1] if kind == "decode" else [3, 0], [2, pad])
+    x = tokens(plan.tokens)
+    size = {"prefill": 4, "decode": 2, "verify": 2 * DRAFTS}[kind]
+    with graphs.forward_context(theirs, null.batch(2, kind=kind)):
+        wanted = model(torch.cat([x, x.new_zeros(size - len(x), HIDDEN)]))[: len(x)]
+    found = runner(x)
+    assert all(torch.isnan(pool[0]).all() for pool in pools(ours))
+    kept = ([pool[1:] for pool in pools(layers)] for layers in (ours, theirs))
+    assert_same_bits([found, *next(kept)], [wanted, *next(kept)], kind)
 
 
 def test_a_replay_of_a_whole_model_never_synchronises():

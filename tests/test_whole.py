@@ -92,6 +92,45 @@ def test_one_plan_serves_prefill_mixed_and_decode_batches_with_the_bits_of_the_m
     assert (runner.replays, runner.eager) == (len(BATCHES) - 2, 2)
 
 
+def test_prefill_graphs_hold_so_many_sequences_and_more_run_eagerly() -> None:
+    model, plan = Model(), plan_of()
+    ours, theirs = model.states(), model.states()
+    runner = graphs.WholeRunner(model, plan, (8,), prefill_rows=2)
+    runner.capture(ours, tokens(1))
+    for lengths, counts in (([3, 2], (1, 0)), ([2, 2, 2], (1, 1)), ([4, 1], (2, 1))):
+        plan.fill(lengths, range(len(lengths)))
+        x = tokens(sum(lengths))
+        size = 8 if len(lengths) == 2 else len(x)
+        with graphs.forward_context(theirs, plan.batch(len(lengths))):
+            wanted = model(torch.cat([x, x.new_zeros(size - len(x), HIDDEN)]))[: len(x)]
+        assert_same_bits([runner(x), *pools(ours)], [wanted, *pools(theirs)], str(lengths))
+        assert (runner.replays, runner.eager) == counts
+
+
+@pytest.mark.parametrize("kind", graphs.KINDS)
+def test_a_null_slot_full_of_nan_is_neither_read_nor_written(kind: str) -> None:
+    """Slot 0 as the null slot of an engine: unused entries, and a dummy sequence in the batch, stand in it."""
+    model = Model()
+    ours, theirs = states(model, DRAFTS, 12), states(model, DRAFTS, 12)
+    for pool in pools(ours):
+        pool[0] = torch.nan
+    plan = graphs.BatchPlan(4, 40, draft_tokens=DRAFTS, pad_slot_id=0)
+    runner, null = whole(model, plan, ours), graphs.BatchPlan(4, 40, draft_tokens=DRAFTS)
+    for each, pad in ((plan, 0), (null, -1)):
+        if kind == "verify":
+            each.fill_verify([[2, 4, 6], [pad] * DRAFTS], [1, 1])
+        else:
+            each.fill([1, 1] if kind == "decode" else [3, 0], [2, pad])
+    x = tokens(plan.tokens)
+    size = {"prefill": 4, "decode": 2, "verify": 2 * DRAFTS}[kind]
+    with graphs.forward_context(theirs, null.batch(2, kind=kind)):
+        wanted = model(torch.cat([x, x.new_zeros(size - len(x), HIDDEN)]))[: len(x)]
+    found = runner(x)
+    assert all(torch.isnan(pool[0]).all() for pool in pools(ours))
+    kept = ([pool[1:] for pool in pools(layers)] for layers in (ours, theirs))
+    assert_same_bits([found, *next(kept)], [wanted, *next(kept)], kind)
+
+
 def test_a_captured_model_replays_over_its_memory_and_the_plan_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plan, recorder = Model(), plan_of(), Recorder(cores=True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", stand_in(recorder))
