@@ -201,7 +201,7 @@ DRAFTS = 3
 
 def whole(model: Model, layers: dict[int, graphs.LayerState], call=None) -> graphs.WholeRunner:
     plan = graphs.BatchPlan(10, 300, draft_tokens=DRAFTS, device="cuda")
-    runner = graphs.WholeRunner(call or model, plan, SIZES, decode_rows=(1, 8), verify_rows=(2, 4))
+    runner = graphs.WholeRunner(model if call is None else call, plan, SIZES, decode_rows=(1, 8), verify_rows=(2, 4))
     runner.capture(layers, tokens(2))
     return runner
 
