@@ -1,4 +1,4 @@
-"""``python -m gdn_kernels``: ``demo`` (the default), ``env`` and ``warmup``."""
+"""``python -m gdn_kernels``: ``demo`` (the default), ``kl``, ``env`` and ``warmup``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import NoReturn
 
-from gdn_kernels import demo, environment, launch
+from gdn_kernels import demo, environment, kl, launch
 
 PROGRAM = "python -m gdn_kernels"
-COMMANDS = ("demo", "env", "warmup")
+COMMANDS = ("demo", "kl", "env", "warmup")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -28,19 +28,25 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     main_parser = OneLineParser(
         prog=PROGRAM,
-        description="Gated Delta Net operators for torch: a demo that checks itself, the environment, a warm-up.",
+        description="Gated Delta Net operators for torch: a demo that checks itself, a KL guard, a warm-up.",
         epilog=f"presets: {'; '.join(f'{name}: {shape}' for name, shape in demo.PRESETS.items())}",
     )
-    commands = main_parser.add_subparsers(dest="command", metavar="{demo,env,warmup}")
+    commands = main_parser.add_subparsers(dest="command", metavar="{demo,kl,env,warmup}")
     demo_parser = commands.add_parser("demo", prog=f"{PROGRAM} demo", help="serve a small model and check it (default)")
+    kl_parser = commands.add_parser(
+        "kl",
+        prog=f"{PROGRAM} kl",
+        help="decode and verify against prefill, eager and captured, by the KL of their tokens",
+    )
     env_parser = commands.add_parser("env", prog=f"{PROGRAM} env", help="versions, devices, implementations")
     warmup_parser = commands.add_parser("warmup", prog=f"{PROGRAM} warmup", help="build the kernels of a preset")
-    demo_parser.add_argument("--text", metavar="FILE", help="text for the prompts; default: the package's README")
-    demo_parser.add_argument("--layers", metavar="N", type=positive, help="blocks of the model; default 2, on a GPU 4")
-    for sub in (demo_parser, warmup_parser):
+    for sub in (demo_parser, kl_parser):
+        sub.add_argument("--text", metavar="FILE", help="text for the prompts; default: the package's README")
+        sub.add_argument("--layers", metavar="N", type=positive, help="blocks of the model; default 2, on a GPU 4")
+    for sub in (demo_parser, kl_parser, warmup_parser):
         sub.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(demo.PRESETS)}; default by device")
         sub.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    for sub in (demo_parser, env_parser, warmup_parser):
+    for sub in (demo_parser, kl_parser, env_parser, warmup_parser):
         sub.add_argument("--json", metavar="FILE", help="write what is printed to FILE as JSON")
     return main_parser
 
@@ -91,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             return run_env(options)
         if options.command == "warmup":
             return run_warmup(options)
-        return demo.main(demo.Options(options.text, options.preset, options.layers, options.device, options.json))
+        run = kl.main if options.command == "kl" else demo.main
+        return run(demo.Options(options.text, options.preset, options.layers, options.device, options.json))
     except demo.UsageError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2

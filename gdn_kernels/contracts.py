@@ -887,14 +887,23 @@ def forward_context(found: Any, layer_id: int) -> None:
 
 def packed_width(mixed_qkv: torch.Tensor, width: int) -> None:
     """The packed projections must hold the heads that the layer's state has."""
-    if mixed_qkv.shape[1] != width:
-        raise ValueError(f"mixed_qkv must have {width} columns for the layer's heads, got {mixed_qkv.shape[1]}")
+    if mixed_qkv.shape[-1] != width:
+        raise ValueError(f"mixed_qkv must have {width} columns for the layer's heads, got {mixed_qkv.shape[-1]}")
 
 
 def batch_metadata(metadata: Any, tokens: int) -> None:
     """The batch's metadata must fit the tokens of the call."""
-    rows = metadata.state_indices.shape[0]
-    if metadata.cu_seqlens is None and rows > tokens:
+    rows, drafts, accepted = metadata.state_indices.shape[0], metadata.draft_indices, metadata.num_accepted_tokens
+    if (drafts is None) != (accepted is None) or (drafts is not None and metadata.cu_seqlens is not None):
+        raise ValueError(
+            "draft_indices and num_accepted_tokens must come together and without cu_seqlens, got one or all"
+        )
+    if drafts is not None:
+        _rank("draft_indices", drafts, "[N, t]", 2)
+        _shape("draft_indices", drafts, rows, drafts.shape[1])
+        if drafts.numel() > tokens:
+            raise ValueError(f"draft_indices must have at most one entry a token, {tokens}, got {drafts.numel()}")
+    elif metadata.cu_seqlens is None and rows > tokens:
         raise ValueError(f"state_indices must have at most one row a token, {tokens}, got {rows}")
 
 

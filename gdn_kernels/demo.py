@@ -204,8 +204,11 @@ class ByteModel(torch.nn.Module):
                 values = values / math.sqrt(parameter.shape[-1])
             parameter.copy_(values)
 
-    def allocate_states(self, num_slots: int) -> dict[int, graphs.LayerState]:
-        return {layer: block.mixer.allocate_states(num_slots) for layer, block in enumerate(self.blocks)}
+    def allocate_states(self, num_slots: int, draft_tokens: int = 1) -> dict[int, graphs.LayerState]:
+        return {
+            layer: block.mixer.allocate_states(num_slots, draft_tokens=draft_tokens)
+            for layer, block in enumerate(self.blocks)
+        }
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = F.embedding(tokens, self.embedding)
@@ -224,9 +227,9 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 class Server:
     """A model, its state pools, and batches of metadata; ``call`` may be the model or its compiled form."""
 
-    def __init__(self, model: ByteModel, num_slots: int, device: torch.device) -> None:
+    def __init__(self, model: ByteModel, num_slots: int, device: torch.device, draft_tokens: int = 1) -> None:
         self.model, self.device = model, device
-        self.layers = model.allocate_states(num_slots)
+        self.layers = model.allocate_states(num_slots, draft_tokens)
         generator = torch.Generator().manual_seed(SEED + 1)
         for pool in self.pools():
             # What earlier requests left behind: a new request must not see it.
@@ -288,6 +291,16 @@ def greedy(server: Server, first: torch.Tensor, slots: list[int], steps: int) ->
         chosen.append(tokens)
         scores.append(log_probabilities(logits, tokens))
     return torch.stack(chosen, dim=1), torch.stack(scores, dim=1)
+
+
+def continued(prompts: list[list[int]], first: list[int], generated: list[list[int]]) -> list[list[int]]:
+    """Each prompt with its first token and all but the last of those generated after it: what the last one follows."""
+    return [[*prompt, token, *tokens[:-1]] for prompt, token, tokens in zip(prompts, first, generated, strict=True)]
+
+
+def final_rows(lengths: list[int], count: int) -> list[list[int]]:
+    """The rows of each sequence's last ``count`` tokens in a packed batch."""
+    return [[*range(end - count + 1, end + 1)] for end in last_rows(lengths)]
 
 
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -556,8 +569,16 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+Phases = Callable[["Report", torch.device, str, Preset, int, str, bytes], None]
+
+
 def main(options: Options) -> int:
     """Run the demo; 0 where everything holds, 1 where anything does not. Raises UsageError before any work."""
+    return run(options, "the demo", serve)
+
+
+def run(options: Options, name: str, phases: Phases) -> int:
+    """``phases`` on the device, model and text of the command line; their report; returns and raises as ``main``."""
     device = pick_device(options.device)
     preset_name, shape = preset(options.preset, device)
     label, text = read_text(options.text)
@@ -571,14 +592,14 @@ def main(options: Options) -> int:
         torch.set_num_threads(max(1, threads // 2))
     try:
         with torch.no_grad():
-            serve(report, device, preset_name, shape, options.layers or DEFAULT_LAYERS[device.type], label, text)
+            phases(report, device, preset_name, shape, options.layers or DEFAULT_LAYERS[device.type], label, text)
         checks = [check["ok"] for check in report.data["checks"].values()]
         report.data["ok"] = bool(checks) and all(checks)
     except Exception as error:
         progress.clear()
         traceback.print_exc()
         report.data["error"] = f"{type(error).__name__}: {error}"
-        report.check("the demo runs to its end", False, type(error).__name__)
+        report.check(f"{name} runs to its end", False, type(error).__name__)
     finally:
         progress.clear()
         torch.set_num_threads(threads)
@@ -596,24 +617,15 @@ def serve(
 ) -> None:
     """All phases in order."""
     data, progress, kind = report.data, report.progress, device.type
-    versions = environment.versions()
-    where = torch.cuda.get_device_name(device) if kind == "cuda" else f"CPU, threads used: {torch.get_num_threads()}"
     prompts = [list(prompt) for prompt in cut(text, PROMPT_LENGTHS[kind])]
     lengths = [len(prompt) for prompt in prompts]
-    dtype = str(model_dtype(device)).removeprefix("torch.")
 
     with report.phase("model", device):
         model = ByteModel(shape, layers, device)
         server = Server(model, 2 * max(len(prompts), 5), device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    use = environment.implementation("packed_decode", device)["implementation"]
-    data.update(backend=use, device=where, versions=versions, preset=preset_name, layers=layers, dtype=dtype)
-    data.update(text=label, prompt_lengths=lengths, parameters=parameters)
-    stack = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if versions[name])
-    report.line(f"gdn-kernels {__version__} with {stack}; {where}; implementation: {use}")
-    report.line(f"preset {preset_name} ({shape.note}): {shape}")
-    report.line(f"model  {layers} layers, {dtype}, {parameters / 1e6:.1f} M random weights, states in fp32")
+    head(report, device, preset_name, shape, model)
     report.line(f"text   {label}: {len(prompts)} prompts of {', '.join(map(str, lengths))} bytes")
+    data.update(text=label, prompt_lengths=lengths)
 
     if kind == "cuda":
         with report.phase("warm-up", device):
@@ -644,11 +656,9 @@ def serve(
     report.check("logits are finite", finite, f"{len(prompts)} prompts, {DECODE_TOKENS} tokens decoded for each")
 
     with report.phase("prefill of the same tokens", device):
-        chosen = torch.cat([first[:, None], generated], dim=1)
-        longer = [prompt + tokens for prompt, tokens in zip(prompts, chosen[:, :-1].tolist(), strict=True)]
+        longer = continued(prompts, first.tolist(), generated.tolist())
         logits = server.prefill(longer, others)
-        ends = last_rows([len(prompt) for prompt in longer])
-        rows = [[end - DECODE_TOKENS + 1 + t for t in range(DECODE_TOKENS)] for end in ends]
+        rows = final_rows([len(prompt) for prompt in longer], DECODE_TOKENS)
         log_prefill = log_probabilities(logits[torch.tensor(rows, device=device)], generated)
     data["kl_prefill_decode"] = kl = k3(log_prefill, log_decode)
     report.check("KL of decode against prefill", 0 <= kl < KL_LIMIT, f"{kl:.1e}, limit {KL_LIMIT}")
@@ -664,6 +674,21 @@ def serve(
     report.line("\ntime")
     for name, value in data["seconds"].items():
         report.line(f"  {name:<48}  {value:>12.2f} s")
+
+
+def head(report: Report, device: torch.device, preset_name: str, shape: Preset, model: ByteModel) -> None:
+    """What runs where."""
+    versions, use = environment.versions(), environment.implementation("packed_decode", device)["implementation"]
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, threads used: {torch.get_num_threads()}"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers, dtype = len(model.blocks), str(model_dtype(device)).removeprefix("torch.")
+    report.data.update(backend=use, device=where, versions=versions, preset=preset_name, layers=layers, dtype=dtype)
+    report.data.update(parameters=parameters)
+    stack = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton") if versions[name])
+    report.line(f"gdn-kernels {__version__} with {stack}; {where}; implementation: {use}")
+    report.line(f"preset {preset_name} ({shape.note}): {shape}")
+    report.line(f"model  {layers} layers, {dtype}, {parameters / 1e6:.1f} M random weights, states in fp32")
 
 
 def operators(report: Report, shape: Preset, device: torch.device) -> None:

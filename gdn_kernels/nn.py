@@ -116,15 +116,18 @@ class GatedDeltaNet(torch.nn.Module):
         self.norm = RMSNormGated(head_v_dim, eps, activation=activation, **factory)
         self.out_proj = torch.nn.Linear(values, hidden_size, bias=False, **factory)
 
-    def allocate_states(self, num_slots: int, state_dtype: torch.dtype = torch.float32) -> graphs.LayerState:
+    def allocate_states(
+        self, num_slots: int, state_dtype: torch.dtype = torch.float32, *, draft_tokens: int = 1
+    ) -> graphs.LayerState:
         """Zeroed state pools of ``num_slots`` slots for this layer, with the parameters that its core reads.
 
         The conv pool is channel-last, in the dtype of the conv's weight; the recurrent pool is ``[S, HV, V, K]`` in
-        ``state_dtype``. Allocate after the layer has reached its device and dtype.
+        ``state_dtype``. ``draft_tokens``: of a verification; the conv pool is that much wider. Allocate after the layer
+        has reached its device and dtype.
         """
         weight = self.conv1d.weight.detach()
         channels, width = weight.shape[0], weight.shape[2]
-        pool = torch.zeros(num_slots, width - 1, channels, dtype=weight.dtype, device=weight.device)
+        pool = torch.zeros(num_slots, width - 2 + draft_tokens, channels, dtype=weight.dtype, device=weight.device)
         return graphs.LayerState(
             num_k_heads=self.num_k_heads,
             conv_weight=weight.squeeze(1),

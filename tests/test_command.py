@@ -12,7 +12,7 @@ import torch
 
 import gdn_kernels
 from gdn_kernels import __main__ as command
-from gdn_kernels import accuracy, demo, environment
+from gdn_kernels import accuracy, demo, environment, kl
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {"ok", "backend", "graphs", "recompiles", "captured_equals_eager", "kl_prefill_decode", "operators"}
@@ -69,6 +69,62 @@ def test_demo_holds_on_the_gpu(tmp_path: Path) -> None:
     assert data["seconds"]["total"] - data["seconds"]["warm-up"] < 30
 
 
+def check_kl(result: subprocess.CompletedProcess[str], data: dict) -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert data["ok"] is True and data["captured_equals_eager"] is True and data["limit"] == 0.0025
+    comparisons = ("decode, prefill", "decode, prefill from a prefix cache", "verify, prefill")
+    assert data["kl"].keys() == {f"{mode}: {what}" for mode in kl.MODES for what in comparisons}
+    assert all(0 <= value <= 0.0025 for value in data["kl"].values())
+    assert data["captured_against_eager"] == {"split-point": 0.0, "whole-graph": 0.0}
+    assert result.stdout.count("0.0e+00, the same bits") == 2
+
+
+def test_the_kl_guard_holds_on_the_cpu(text_file: Path, tmp_path: Path) -> None:
+    report = tmp_path / "kl.json"
+    result = run_command("kl", "--layers", "1", "--device", "cpu", "--text", str(text_file), "--json", str(report))
+    check_kl(result, json.loads(report.read_text(encoding="utf-8")))
+    assert "no capture on a CPU" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_the_kl_guard_holds_on_the_gpu(tmp_path: Path) -> None:
+    report = tmp_path / "kl.json"
+    result = run_command("kl", "--json", str(report), timeout=600)
+    print(result.stdout)
+    check_kl(result, json.loads(report.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("fault", ["cache", "replay", "accepted"])
+def test_the_kl_guard_finds_what_drifts(
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """States of the cache that are another's, a replay off by one unit in the last place, a stale accepted count."""
+    if fault == "cache":
+        monkeypatch.setattr(kl.Mode, "copy_states", lambda self, source, target: None)
+        failing = {f"{mode}: decode, prefill from a prefix cache" for mode in kl.MODES}
+    elif fault == "replay":
+        call = kl.graphs.WholeRunner.__call__
+        monkeypatch.setattr(kl.graphs.WholeRunner, "__call__", lambda self, x: call(self, x) * (1 + 2**-23))
+        failing = {"whole-graph against eager"}
+    else:
+        fill = kl.graphs.BatchPlan.fill_verify
+        monkeypatch.setattr(
+            kl.graphs.BatchPlan, "fill_verify", lambda self, slots, accepted: fill(self, slots, [1] * len(accepted))
+        )
+        failing = {f"{mode}: verify, prefill" for mode in kl.MODES}
+    report = tmp_path / "kl.json"
+    arguments = ["kl", "--layers", "1", "--device", "cpu", "--text", str(text_file), "--json", str(report)]
+    assert command.main(arguments) == 1
+    checks = json.loads(report.read_text(encoding="utf-8"))["checks"]
+    assert {name for name, check in checks.items() if not check["ok"]} == failing
+    assert capsys.readouterr().out.count("FAIL") == len(failing) + 1
+
+
 def test_env_names_versions_and_every_operator(tmp_path: Path) -> None:
     report = tmp_path / "env.json"
     result = run_command("env", "--json", str(report))
@@ -104,6 +160,10 @@ def status_of(arguments: list[str]) -> int:
         (["demo", "--text", "{tmp}"], "--text must be a readable file, got '{tmp}': Is a directory"),
         (["--text", "{tmp}/empty.txt"], "--text must hold at least one byte, got the empty file '{tmp}/empty.txt'"),
         (["--preset", "gpt"], "--preset must be one of small, qwen3-next-tp8, "),
+        (
+            ["kl", "--text", "{tmp}/missing.txt"],
+            "--text must be a readable file, got '{tmp}/missing.txt': No such file",
+        ),
         (["warmup", "--preset", "gpt"], "--preset must be one of small, qwen3-next-tp8, "),
         (["--json", "{tmp}/no/report.json"], "--json must be a writable file, got '{tmp}/no/report.json': No such"),
         (["env", "--json", "{tmp}"], "--json must be a writable file, got '{tmp}': Is a directory"),

@@ -28,7 +28,8 @@ RANK = {
     "accuracy": 5,
     "environment": 5,
     "demo": 6,
-    "__main__": 7,
+    "kl": 7,
+    "__main__": 8,
 }
 TOP = {"graphs", "nn", "integrations"}
 IMPORT_SECONDS = 0.3

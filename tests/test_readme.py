@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gdn_kernels  # noqa: F401  registers torch.ops.gdn.*
+from gdn_kernels import graphs
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -67,3 +68,12 @@ def test_every_operator_is_in_the_table() -> None:
     table = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     registered = {name.removeprefix("gdn::") for name in torch._C._dispatch_get_all_op_names() if "gdn::" in name}
     assert table == {name.split(".")[0] for name in registered}
+
+
+def test_the_ways_of_cutting_are_those_of_the_package_and_of_torch() -> None:
+    section = README.split("## Capture")[1].split("\n## ")[0]
+    assert all(f'"{cut}"' in section for cut in graphs.PiecewiseRunner.CUTS)
+    (name,) = graphs.SPLIT_OPERATORS
+    assert f'torch._inductor.config.custom_should_partition_ops = ["{name}"]' in section
+    assert isinstance(torch._inductor.config.custom_should_partition_ops, list)
+    assert f'add_split_op("{torch.ops.gdn.linear_attention_with_output}")' in section
