@@ -132,7 +132,7 @@ def test_a_program_of_either_size_gives_the_same_bits():
 
 @pytest.mark.parametrize("size", ["narrow", "wide"])
 def test_a_program_walks_many_short_sequences(size):
-    # far more states than SMs: copies run ahead from one sequence into the next, over empty ones and those without a slot
+    # far more states than SMs: copies run ahead into the next sequence, over empty ones and those without a slot
     lengths = (1, 63, 64, 65, 700, 0, 129, 300, 5) * 3
     inputs = delta_inputs(lengths, H=2, HV=16, K=128, V=128, dtype=torch.bfloat16, device="cuda", padding=9)
     pin = launch.HOPPER_SCAN_NARROW if size == "narrow" else launch.HOPPER_SCAN_WIDE

@@ -313,12 +313,11 @@ def state(
 ):  # fmt: skip
     """64 rows of the state along the chunks, for one item after another."""
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
-    if IS_MAP:
-        own = tiles[7:]
-    elif PARTS == 1:
-        S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
-    else:
-        p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles[7:]
+    if not IS_MAP:
+        if PARTS == 1:
+            S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
+        else:
+            p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles[7:]
     initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
