@@ -609,9 +609,16 @@ def _layout(x, shape):
     return gl.NVMMASharedLayout.get_default_for(list(shape), getattr(gl, str(x.dtype).removeprefix("torch.")))
 
 
+def _step(x):
+    """Elements of [B, T, heads, size] from one token to the next; a dimension of 1 has any stride."""
+    if x.shape[1] > 1:
+        return x.stride(1)
+    return x.stride(0) if x.shape[0] > 1 else x.shape[2] * x.shape[3]
+
+
 def _tiles(x, columns):
     """Descriptor of tiles of 64 tokens and ``columns`` columns of ``x``, [B, T, heads, size], that end anywhere."""
-    stride = x.stride(1)
+    stride = _step(x)
     shape = (1, 1, CHUNK, columns)
     extents = [SHIFTS, SHIFTS, ROWS, x.shape[2] * x.shape[3]]
     return launch.descriptor(x, extents, [2**34 - stride, stride, stride, 1], shape, _layout(x, shape))
@@ -625,9 +632,9 @@ def fits(q, k, v, o):
     return all(
         x.stride(3) == 1
         and x.stride(2) == x.shape[3]
-        and x.stride(1) * 2 % 16 == 0
+        and _step(x) * 2 % 16 == 0
         and x.data_ptr() % 16 == 0
-        and (B == 1 or x.stride(0) == T * x.stride(1))
+        and (B == 1 or x.stride(0) == T * _step(x))
         for x in (q, k, v, o)
     )
 
@@ -691,7 +698,7 @@ def scan(
             pad_slot_id,
             0 if checkpoints is None else checkpoints.shape[0],
             checkpoint_interval // CHUNK,
-            o.stride(1),
+            _step(o),
             o.stride(2),
             0 if initial is None else initial.stride(0),
             final.stride(0),
