@@ -631,7 +631,7 @@ def fits(q, k, v, o):
         return False
     return all(
         x.stride(3) == 1
-        and x.stride(2) == x.shape[3]
+        and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
         and _step(x) * 2 % 16 == 0
         and x.data_ptr() % 16 == 0
         and (B == 1 or x.stride(0) == T * _step(x))
