@@ -681,7 +681,8 @@ def scan(
         items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK))
         launch.run(
             hopper_scan_kernel,
-            (min(items, launch.multiprocessors(q.device)),),
+            # places without a segment are spread unevenly: there the hardware hands out the items
+            (items if num_maps else min(items, launch.multiprocessors(q.device)),),
             *tiles,
             o,
             initial,
