@@ -107,8 +107,13 @@ def test_products_on_hopper_run_beside_the_threads(case, parts):
     """All products of a chunk are wgmma, and the assembler does not wait for each of their instructions."""
     scan = [binary for binary in binaries(("cuda", 90), case) if binary.kernel == "hopper_scan_kernel"][-1]
     key_steps, chunk_steps = (4 if "64x64" in case else 8), 4
-    # two products with the state's operand, three with a chunk's, in each part; and P
-    assert scan.asm.count("wgmma.mma_async") == parts * (2 * key_steps + 3 * chunk_steps) + key_steps
+    if parts == 1:
+        # one product with the state's operand and two with a chunk's; q S^T, P and P U by each of two others
+        products = key_steps + 2 * chunk_steps + 2 * (2 * key_steps + chunk_steps)
+    else:
+        # two products with the state's operand, three with a chunk's, in each part; and P
+        products = parts * (2 * key_steps + 3 * chunk_steps) + key_steps
+    assert scan.asm.count("wgmma.mma_async") == products
     log = triton_support.ptxas_log(scan.asm, 90)
     assert "serialized" not in log, log
 
