@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis"],
+        "clients": ["transformers>=5.17"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
     },
     entry_points={"console_scripts": ["gdn-kernels=gdn_kernels.__main__:main"]},
