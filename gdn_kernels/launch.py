@@ -395,10 +395,9 @@ def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
 
 # The scan in Gluon, for a state of 64 and of 128 rows a program; and its map pass, which has no output. H100,
 # 2026-11-25, us of the scan: heads 4/16 1x8192 with o by the state's own warpgroup 168, by two others 157; with
-# products
-# of its own queued behind the chain's 181 to 230. 16/64 4x8192 with o copied by the state's warpgroups 602, by the
-# auxiliary one 571; o by a third warpgroup of 136 registers 678. What bounds it is shared memory: 209 KB a chunk and 64
-# rows, 1,630 cycles.
+# products of its own queued behind the chain's 181 to 230. 16/64 4x8192 with o copied by the state's warpgroups 602,
+# by the auxiliary one 571; o by a third warpgroup of 136 registers 678. What bounds it is shared memory: 209 KB a chunk
+# and 64 rows, 1,630 cycles.
 HOPPER_SCAN_NARROW = HopperScanConfig(parts=1, stages=4, state_registers=0, auxiliary_registers=128)
 HOPPER_SCAN_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=192, auxiliary_registers=96)
 HOPPER_MAP_NARROW = HopperScanConfig(parts=1, stages=3, state_registers=240, auxiliary_registers=0)
