@@ -226,6 +226,16 @@ class PrepConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HopperInverseConfig:
+    """Inverses of the chunk preparation in Gluon: ``heads`` value heads of a chunk a program of one warp, more where those
+    of a key head do not divide by it; a thread may use ``registers``."""
+
+    heads: int
+    registers: int
+    num_warps: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ScanConfig:
     """Chunk recurrence: ``block_v`` rows of one head's ``[V, K]`` state a program."""
 
@@ -384,6 +394,17 @@ def prep_config(num_v_heads: int) -> PrepConfig:
     return next((config for limit, config in PREP_LADDER if num_v_heads <= limit), PREP_LADDER[-1][1])
 
 
+# Chunks times value heads up to which each is a program of the inverses, because all of them run at once; from the second
+# number on programs take 4 heads of a key head, whose products they share, in between 2.
+FEW_CHUNK_HEADS, MANY_CHUNK_HEADS = 1584, 16384
+
+
+def hopper_inverse_config(chunk_heads: int) -> HopperInverseConfig:
+    """Inverses in Gluon of so many chunks times value heads; how many a program takes changes no bits."""
+    heads = 1 if chunk_heads <= FEW_CHUNK_HEADS else 2 if chunk_heads < MANY_CHUNK_HEADS else 4
+    return HopperInverseConfig(heads=heads, registers=168)
+
+
 def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
     """Chunk recurrence: the rung for head size K on the target's architecture."""
     ladder = _family(target, SCAN_LADDER)
@@ -503,6 +524,7 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
+    "chunk_hopper_inverse": hopper_inverse_config,
     "chunk_hopper_scan": hopper_scan_config,
     "chunk_map": map_config,
     "chunk_segments": segment_config,
@@ -566,6 +588,8 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, config: Any, fp_fusion: 
     options = {"num_warps": config.num_warps, "enable_fp_fusion": fp_fusion}
     if hasattr(config, "num_stages"):
         options["num_stages"] = config.num_stages
+    if hasattr(config, "registers"):
+        options["maxnreg"] = config.registers
     bases = (getattr(arg, "base", arg) for arg in args)
     device = next(base.device for base in bases if isinstance(base, torch.Tensor))
     if "PDL" in kernel.arg_names:

@@ -192,37 +192,40 @@ def _launch(
         count = cu_seqlens.shape[0] - 1
         places = tokens // CHUNK + count + 1
     target = launch.target(q.device)
-    r = launch.empty(q, places, HV, CHUNK, CHUNK)
-    factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
-    preparation = {"config": launch.config("chunk_prep", HV), "count": count, "cu_seqlens": cu_seqlens}
-    prepare_inverse(
-        q,
-        k,
-        g,
-        beta,
-        o,
-        r,
-        factors,
-        **preparation,
-        scale=K**-0.5 if scale is None else scale,
-        use_qk_l2norm=use_qk_l2norm,
-        A_log=A_log,
-        dt_bias=dt_bias,
-        beta_scale=beta_scale,
-    )
+    scale = K**-0.5 if scale is None else scale
+    gates = {"use_qk_l2norm": use_qk_l2norm, "A_log": A_log, "dt_bias": dt_bias, "beta_scale": beta_scale}
     if _takes_hopper(target, q, k, v, o):
-        from gdn_kernels.kernels import chunk_hopper
+        from gdn_kernels.kernels import chunk_hopper, chunk_hopper_inverse
 
+        y = launch.empty(q, places, HV, chunk_hopper.PACKED.value)
+        # with scale / |q| a third row, and one for TMA, which takes powers of two
+        factors = launch.empty(q, places, HV, 4 if use_qk_l2norm else 2, CHUNK, dtype=torch.float32)
+        chunk_heads = min(places * HV, launch.MANY_CHUNK_HEADS)
+        chunk_hopper_inverse.prepare_inverse(
+            q,
+            k,
+            g,
+            beta,
+            o,
+            y,
+            factors,
+            config=launch.config("chunk_hopper_inverse", chunk_heads),
+            count=count,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            **gates,
+        )
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
         chunk_hopper.scan(
             q,
             k,
             v,
-            r,
+            y,
             factors,
             o,
             initial,
             final,
+            scale=scale,
             config=launch.config("chunk_hopper_scan", V, count * HV),
             map_config=launch.config("chunk_map", K, V),
             segments=segments,
@@ -237,8 +240,12 @@ def _launch(
             checkpoint_interval=checkpoint_interval,
         )
         return
+    preparation = {"config": launch.config("chunk_prep", HV), "count": count, "cu_seqlens": cu_seqlens}
     scan = launch.config("chunk_scan", K, target)
+    factors = launch.empty(q, places, HV, 4, CHUNK, dtype=torch.float32)
+    r = launch.empty(q, places, HV, CHUNK, CHUNK)
     x = launch.empty(q, places, HV, CHUNK, K)
+    prepare_inverse(q, k, g, beta, o, r, factors, **preparation, **gates, scale=scale)
     prepare_products(q, k, x, r, factors, **preparation)
     launch.run(
         scan_kernel,

@@ -40,12 +40,17 @@ C = gl.constexpr(CHUNK)
 ROWS = 1 << 30
 SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
+# Elements of a packed Y: its upper 32 rows, then the right half of its lower ones.
+PACKED = gl.constexpr(32 * 64 + 32 * 32)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
 # Triton 3.9 has new names for what 3.6 has.
 _load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+
+_memory = gl.shared_memory_descriptor
+_reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
@@ -57,16 +62,16 @@ first_map = gluon.jit(chunk_segments.first_map.fn)
 def load_rows(tiles, end, length, row, column, ready, to):
     """Copy 64 rows of the sequence of ``length`` rows before ``end``, from its row ``row`` on; zeros past its end."""
     shape: gl.constexpr = tiles.block_shape
-    to = to.reshape(shape)
-    _load(tiles, [BILLION, end, BILLION - length + row, column], ready, to)
+    to = _reinterpret(to, tiles.dtype, shape, tiles.layout)
+    _load(tiles, [column // shape[4], BILLION, end, BILLION - length + row, 0], ready, to)
 
 
 @gluon.jit
 def store_rows(tiles, end, length, row, column, source):
     """Begin to write a tile of 64 rows to the sequence's rows from ``row`` on, but nothing past its end."""
     shape: gl.constexpr = tiles.block_shape
-    source = source.reshape(shape)
-    _store(tiles, [BILLION, end, BILLION - length + row, column], source)
+    source = _reinterpret(source, tiles.dtype, shape, tiles.layout)
+    _store(tiles, [column // shape[4], BILLION, end, BILLION - length + row, 0], source)
 
 
 @gluon.jit
@@ -135,12 +140,12 @@ def loader(
     tensors, tiles, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
-    q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles = tensors
+    q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles = tensors
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles
-    BASE: gl.constexpr = (C * K + C * C) * 2 + 4 * C * 4
+    BASE: gl.constexpr = (C * K + C * C) * 2 + FACTORS * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -162,11 +167,13 @@ def loader(
                 else:
                     mbarrier.expect(bar, BASE + VALUES + C * K * 2)
                 load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
-                _load(factor_tiles, [each * (4 * C)], bar, factor_s.index(stage))
+                _load(factor_tiles, [each * (FACTORS * C)], bar, factor_s.index(stage))
                 if has_values:
-                    for part in gl.static_range(PARTS):
-                        load_rows(v_tiles, end, length, row, v_column + part * C, bar, v_s.index(stage * PARTS + part))
-                _load(y_tiles, [each * C, 0], bar, y_s.index(stage))
+                    load_rows(v_tiles, end, length, row, v_column, bar, v_s.index(stage))
+                _load(upper_tiles, [each * (PACKED // C), 0], bar, y_s.index(stage).slice(0, C // 2))
+                # columns before the first arrive as zeros: the half that is not stored
+                lower_row = each * (PACKED // (C // 2)) + C
+                _load(lower_tiles, [lower_row, -(C // 2)], bar, y_s.index(stage).slice(C // 2, C // 2))
                 if not IS_MAP:
                     load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
                 turn += 1
@@ -188,13 +195,14 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
 
 @gluon.jit
 def auxiliary(
-    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items,
+    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    FACTORS: gl.constexpr,
 ):  # fmt: skip
-    """P of each chunk, and the decay from each token to the chunk's end; then the copy of an earlier chunk's output,
-    two chunks behind so that no P waits for it."""
-    q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles
+    """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an earlier
+    chunk's output, two chunks behind so that no P waits for it."""
+    q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
@@ -219,11 +227,18 @@ def auxiliary(
                     factors = factor_s.index(stage)
                     gates_i = factors.slice(0, C).load(rows)
                     gates_j = factors.slice(0, C).load(columns)
-                    scale_i = factors.slice(3 * C, C).load(rows)
                     last = gl.max(factors.slice(C - 1, 1).load(line), 0)
-                    decay_s.index(stage).store(gl.exp2(last - factors.slice(0, C).load(line)))
+                    gates = factors.slice(0, C).load(line)
+                    decay_s.index(stage).store(gl.exp2(last - gates))
+                    decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0))
+                    if FACTORS > 2:
+                        scale_s.index(stage).store(gl.exp2(gates) * factors.slice(2 * C, C).load(line))
+                        decay *= factors.slice(2 * C, C).load(rows)[:, None]
+                    else:
+                        scale_s.index(stage).store(gl.exp2(gates) * scale)
+                        decay *= scale
                     p = warpgroup_mma_wait(0, [p])
-                    p = p * (gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None])
+                    p = p * decay
                     p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
                     fence_async_shared()
                     mbarrier.arrive(p_ready.index(stage))
@@ -232,8 +247,7 @@ def auxiliary(
                     mbarrier.wait(o_ready, (turn + i) & 1)
                     fence_async_shared()
                     row = (first_chunk + i - 2) * C
-                    for part in gl.static_range(PARTS):
-                        store_rows(o_tiles, end, length, row, v_column + part * C, o_s.index(part))
+                    store_rows(o_tiles, end, length, row, v_column, o_s)
                     tma.store_wait(0)
                     mbarrier.arrive(o_free)
             turn += chunks
@@ -245,10 +259,10 @@ def auxiliary(
 
 @gluon.jit
 def output(
-    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items,
+    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr,
-    STAGES: gl.constexpr, WHICH: gl.constexpr,
+    STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
     q_s, k_s, v_s, y_s, factor_s, ready, free, S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles
@@ -278,9 +292,15 @@ def output(
                 factors = factor_s.index(stage)
                 gates_i = factors.slice(0, C).load(rows)
                 gates_j = factors.slice(0, C).load(columns)
-                factor_q = factors.slice(2 * C, C).load(rows)
-                scale_i = factors.slice(3 * C, C).load(rows)
-                decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0)) * scale_i[:, None]
+                decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0))
+                factor_q = gl.exp2(gates_i)
+                if FACTORS > 2:
+                    scale_i = factors.slice(2 * C, C).load(rows)
+                    factor_q *= scale_i
+                    decay *= scale_i[:, None]
+                else:
+                    factor_q *= scale
+                    decay *= scale
                 p = warpgroup_mma_wait(0, [p])
                 p = gl.convert_layout(gl.where(lower, p * decay, 0.0).to(dtype), operand)
                 mbarrier.wait(mine_formed, phase)
@@ -317,7 +337,7 @@ def state(
         if PARTS == 1:
             S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
         else:
-            p_s, o_s, decay_s, p_ready, o_ready, o_free = tiles[7:]
+            p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles[7:]
     initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -377,9 +397,9 @@ def state(
                 if IS_MAP:
                     v = gl.zeros([C, C], dtype, narrow)
                     if has_values:
-                        v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
+                        v = v_s.index(stage).slice(PART * C, C).permute((1, 0)).load(narrow)
                 else:
-                    v = v_s.index(stage * PARTS + PART).permute((1, 0)).load(narrow)
+                    v = v_s.index(stage).slice(PART * C, C).permute((1, 0)).load(narrow)
                 if HANDS_OVER:
                     # chunks go to one warpgroup and the other; the chunk before has to be taken
                     mbarrier.wait(S_taken.index((turn + 1) % 2), ((turn + 1) // 2 + 1) & 1)
@@ -394,15 +414,15 @@ def state(
                     if i > 0:
                         mbarrier.arrive(free.index((turn - 1) % STAGES))
                         mbarrier.wait(o_free, turn & 1)
-                        o_s.index(PART).permute((1, 0)).store(o)
+                        o_s.slice(PART * C, C).permute((1, 0)).store(o)
                         mbarrier.arrive(o_ready)
                 ks = warpgroup_mma_wait(0, [ks])
                 w = gl.convert_layout((v.to(gl.float32) - ks * factor_k[None, :]).to(dtype), operand)
                 u = warpgroup_mma(w, y_s.index(stage), zeros, use_acc=False, is_async=True)
                 S = S * gl.exp2(last)
                 if HAS_OUTPUT:
-                    factor_q = factors.slice(2 * C, C).load(columns)
                     mbarrier.wait(p_ready.index(stage), phase)
+                    factor_q = scale_s.index(stage).load(columns)
                     decay = decay_s.index(stage).load(columns)
                 u = warpgroup_mma_wait(0, [u])
                 u_decayed = gl.convert_layout((u * decay[None, :]).to(dtype), wide_operand)
@@ -440,7 +460,7 @@ def state(
             if HAS_OUTPUT:
                 if chunks > 0:
                     mbarrier.wait(o_free, turn & 1)
-                    o_s.index(PART).permute((1, 0)).store(o)
+                    o_s.slice(PART * C, C).permute((1, 0)).store(o)
                     mbarrier.arrive(o_ready)
                     mbarrier.arrive(free.index((turn - 1) % STAGES))
         if keep:
@@ -470,9 +490,10 @@ def first_state(
 def hopper_scan_kernel(
     q_tiles,
     k_tiles,
-    v_tiles,
-    y_tiles,
+    upper_tiles,
+    lower_tiles,
     factor_tiles,
+    v_tiles,
     o_tiles,
     o_ptr,
     initial_ptr,
@@ -497,6 +518,7 @@ def hopper_scan_kernel(
     stride_initial,
     stride_final,
     stride_checkpoint,
+    scale,
     H: gl.constexpr,
     HV: gl.constexpr,
     K: gl.constexpr,
@@ -507,6 +529,7 @@ def hopper_scan_kernel(
     IS_MAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
+    FACTORS: gl.constexpr,
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
 ):
@@ -519,8 +542,8 @@ def hopper_scan_kernel(
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, C, K], rows_of_K)
     y_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES * PARTS, C, C], rows_of_64)
-    factor_s = gl.allocate_shared_memory(gl.float32, [STAGES, 4 * C], factor_tiles.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, PARTS * C, C], rows_of_64)
+    factor_s = gl.allocate_shared_memory(gl.float32, [STAGES, FACTORS * C], factor_tiles.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -547,8 +570,9 @@ def hopper_scan_kernel(
         own = (S_s, u_s, S_formed, S_taken, u_formed, u_taken)
     else:
         p_s = gl.allocate_shared_memory(dtype, [STAGES, C, C], rows_of_64)
-        o_s = gl.allocate_shared_memory(dtype, [PARTS, C, C], rows_of_64)
+        o_s = gl.allocate_shared_memory(dtype, [PARTS * C, C], rows_of_64)
         decay_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scale_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         o_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         o_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -556,12 +580,12 @@ def hopper_scan_kernel(
             mbarrier.init(p_ready.index(stage), count=1)
         mbarrier.init(o_ready, count=PARTS)
         mbarrier.init(o_free, count=1)
-        own = (p_s, o_s, decay_s, p_ready, o_ready, o_free)
+        own = (p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free)
     fence_async_shared()
 
     # sizes stay out of these tuples, where they would no longer be constants
     batch = (cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id)
-    tensors = (q_tiles, k_tiles, v_tiles, y_tiles, factor_tiles)
+    tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles)
     tiles = loaded + own
     pointers = (initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr)
     strides = (stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks)
@@ -570,7 +594,7 @@ def hopper_scan_kernel(
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                            MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
@@ -579,18 +603,18 @@ def hopper_scan_kernel(
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                            MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, 0)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, 1)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS, 0)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -598,10 +622,10 @@ def hopper_scan_kernel(
                            MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
-            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, batch, items, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES)),
+            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V, PARTS,
+                         MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
@@ -616,12 +640,24 @@ def _step(x):
     return x.stride(0) if x.shape[0] > 1 else x.shape[2] * x.shape[3]
 
 
-def _tiles(x, columns):
-    """Descriptor of tiles of 64 tokens and ``columns`` columns of ``x``, [B, T, heads, size], that end anywhere."""
+def tiles_of(x, columns, width=CHUNK):
+    """Descriptor of tiles of 64 tokens and ``columns`` columns of ``x``, [B, T, heads, size], that end anywhere.
+
+    In shared memory ``width`` columns of all tokens come after another, as in a tile of NVMMA's layout: so one message
+    copies what that layout's own descriptor would take several for.
+    """
     stride = _step(x)
-    shape = (1, 1, CHUNK, columns)
-    extents = [SHIFTS, SHIFTS, ROWS, x.shape[2] * x.shape[3]]
-    return launch.descriptor(x, extents, [2**34 - stride, stride, stride, 1], shape, _layout(x, shape))
+    extents = [x.shape[2] * x.shape[3] // width, SHIFTS, SHIFTS, ROWS, width]
+    shape = (columns // width, 1, 1, CHUNK, width)
+    return launch.descriptor(x, extents, [width, 2**34 - stride, stride, stride, 1], shape, _layout(x, shape))
+
+
+def packed_tiles(y, lower_columns):
+    """Descriptors of the two parts of a packed Y, in ``y`` of [places, HV, PACKED]: 32 rows of 64 columns, then 32 rows of
+    32, copied as tiles of ``lower_columns``."""
+    half, tile = CHUNK // 2, [CHUNK // 2, lower_columns]
+    upper = launch.descriptor(y, [y.numel() // CHUNK, CHUNK], [CHUNK, 1], [half, CHUNK], _layout(y, (half, CHUNK)))
+    return upper, launch.descriptor(y, [y.numel() // half, half], [half, 1], tile, _layout(y, tile))
 
 
 def fits(q, k, v, o):
@@ -649,6 +685,7 @@ def scan(
     initial,
     final,
     *,
+    scale,
     config,
     map_config,
     segments,
@@ -665,11 +702,12 @@ def scan(
     """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one."""
     tokens, H, K = q.shape[1:]
     HV, V = v.shape[2:]
+    kinds = factors.shape[2]
     tiles = (
-        *(_tiles(x, columns) for x, columns in ((q, K), (k, K), (v, CHUNK))),
-        launch.descriptor(y, [y.numel() // CHUNK, CHUNK], [CHUNK, 1], [CHUNK, CHUNK], _layout(y, (CHUNK, CHUNK))),
-        launch.descriptor(factors, [factors.numel()], [1], [4 * CHUNK], _layout(factors, (4 * CHUNK,))),
-        _tiles(o, CHUNK),
+        tiles_of(q, K),
+        tiles_of(k, K),
+        *packed_tiles(y, CHUNK),
+        launch.descriptor(factors, [factors.numel()], [1], [kinds * CHUNK], _layout(factors, (kinds * CHUNK,))),
     )
     maps = starts = None
     num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
@@ -677,13 +715,19 @@ def scan(
         maps = launch.empty(factors, num_maps, HV, V + K, K)
         starts = launch.empty(factors, num_maps, HV, V, K)
 
+    processors = launch.multiprocessors(q.device)
+    # of few sequences in segments some programs would get more than others: there the hardware hands out the items
+    spread = num_maps > 0 and count * HV * (V // CHUNK) < 2 * processors
+
     def start(config, initial, final, is_map, **tensors):
-        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // (config.parts * CHUNK))
+        rows = config.parts * CHUNK
+        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // rows)
         launch.run(
             hopper_scan_kernel,
-            # places without a segment are spread unevenly: there the hardware hands out the items
-            (items if num_maps else min(items, launch.multiprocessors(q.device)),),
+            (items if spread else min(items, processors),),
             *tiles,
+            tiles_of(v, rows),
+            tiles_of(o, rows),
             o,
             initial,
             tensors.get("starts"),
@@ -704,6 +748,7 @@ def scan(
             0 if initial is None else initial.stride(0),
             final.stride(0),
             0 if checkpoints is None else checkpoints.stride(0),
+            scale,
             config=config,
             H=H,
             HV=HV,
@@ -715,6 +760,7 @@ def scan(
             IS_MAP=is_map,
             PARTS=config.parts,
             STAGES=config.stages,
+            FACTORS=kinds,
             STATE_REGISTERS=config.state_registers,
             AUXILIARY_REGISTERS=config.auxiliary_registers,
         )

@@ -93,7 +93,30 @@ def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr
     return n, segment, segments, first_chunk, chunks, batch, start, length
 
 
-@triton.jit(do_not_specialize=["T", "num_slots", "pad_slot_id"])
+@triton.jit
+def long_sequence(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
+    """The sequence of LONG tokens or more that token ``number`` * LONG, an int64, is the first such multiple of; -1 if
+    there is none. So T / LONG numbers, rounded up, find every one of them, and each once."""
+    n = number
+    if cu_seqlens_ptr is not None:
+        low = number * 0
+        high = low + N - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            _, first, _ = span(cu_seqlens_ptr, middle, T)
+            if first <= number * LONG:
+                low = middle
+            else:
+                high = middle - 1
+        n = low
+        _, start, length = span(cu_seqlens_ptr, n, T)
+        is_first = (start <= number * LONG) & (number * LONG < start + length) & ((number - 1) * LONG < start)
+        if (length < LONG) | (not is_first):
+            n = low * 0 - 1
+    return n
+
+
+@triton.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id"])
 def combine_kernel(
     maps_ptr,
     starts_ptr,
@@ -101,6 +124,7 @@ def combine_kernel(
     cu_seqlens_ptr,
     read_ptr,
     has_initial_ptr,
+    N: tl.int32,
     T: tl.int32,
     num_slots: tl.int32,
     pad_slot_id: tl.int32,
@@ -119,7 +143,9 @@ def combine_kernel(
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
-    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    n = long_sequence(cu_seqlens_ptr, (pid // (V // BLOCK_V * HV)).to(tl.int64), N, T, LONG_TOKENS)
+    if n < 0:
+        return
 
     _, start, length = span(cu_seqlens_ptr, n, T)
     segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
@@ -163,15 +189,17 @@ def num_maps(count, tokens, cu_seqlens, config):
 def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
     """Write to ``starts`` what the segment after each with a map starts from; nothing for sequences without a slot."""
     HV, V, K = starts.shape[1:]
+    sequences = count if cu_seqlens is None else triton.cdiv(tokens, config.long_tokens)
     launch.run(
         combine_kernel,
-        (count * HV * (V // config.block_v),),
+        (sequences * HV * (V // config.block_v),),
         maps,
         starts,
         initial,
         cu_seqlens,
         read,
         has_initial_state,
+        count,
         tokens,
         0 if initial is None else initial.shape[0],
         pad_slot_id,

@@ -1,0 +1,552 @@
+"""The inverses of the chunked gated delta rule on Hopper, in Gluon: what kernels/chunk_prep.py's inverse_kernel forms.
+
+Its formulas, of one warp a chunk on 16x16 blocks; what differs is where things lie. Such a warp is a chain of small
+products, which only other warps and other blocks hide. So the blocks of k k^T are in shared memory, as operands of twice
+the precision of one, and 12 warps fit an SM where 8 did; diagonal blocks are inverted in pairs, and those beside them by
+diagonals. Only Y is formed, not its transpose T: movmatrix turns a block of 16 bits in registers. k arrives and Y leaves by TMA.
+
+Y, upper triangular, is stored without its quarter of zeros: its upper 32 rows, then the right half of its lower ones.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from gdn_kernels import launch
+from gdn_kernels.kernels import _math, chunk_hopper, chunk_prep, recurrent
+
+CHUNK = chunk_prep.CHUNK
+C = gl.constexpr(CHUNK)
+B = gl.constexpr(16)
+# Columns of k at a time.
+STEP = gl.constexpr(32)
+PACKED = chunk_hopper.PACKED
+LOG2E = gl.constexpr(chunk_prep.LOG2E.value)
+MIN_LOG2_GATE = gl.constexpr(chunk_prep.MIN_LOG2_GATE.value)
+L2NORM_EPS = gl.constexpr(recurrent.L2NORM_EPS.value)
+
+RESULT = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, RESULT.value, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, RESULT.value, 2))
+ROWS = gl.constexpr(gl.SliceLayout(1, RESULT.value))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, RESULT.value))
+TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
+# of q, 8 columns a thread
+LINES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
+ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
+
+_load = chunk_hopper._load
+_store = chunk_hopper._store
+load_rows = chunk_hopper.load_rows
+chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
+gate = gluon.jit(_math.gate.fn)
+sigmoid = gluon.jit(_math.sigmoid.fn)
+inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def left(x):
+    return gl.convert_layout(x, LEFT)
+
+
+@gluon.jit
+def right(x):
+    """x^T as a right operand: nothing moves."""
+    return gl.convert_layout(x.permute((1, 0)), RIGHT)
+
+
+@gluon.jit
+def turned(x):
+    """The transpose of a 16x16 block of 16 bits, in the same layout."""
+    return gl.inline_asm_elementwise(
+        """
+        movmatrix.sync.aligned.m8n8.trans.b16 $0, $4;
+        movmatrix.sync.aligned.m8n8.trans.b16 $1, $6;
+        movmatrix.sync.aligned.m8n8.trans.b16 $2, $5;
+        movmatrix.sync.aligned.m8n8.trans.b16 $3, $7;
+        """,
+        "=r,=r,=r,=r,r,r,r,r",
+        [x],
+        dtype=x.dtype,
+        is_pure=True,
+        pack=8,
+    )
+
+
+@gluon.jit
+def minus_masked(x, mask):
+    """-x of 16 bits where ``mask`` has all its bits, 0 where it has none."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, 0x80008000, $2, 0x28;",  # (a ^ b) & c
+        "=r,r,r",
+        [x, mask],
+        dtype=x.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def split(x):
+    """x as a sum of two operands: twice the bits of one."""
+    high = x.to(gl.float16)
+    return high, (x - high.to(gl.float32)).to(gl.float16)
+
+
+@gluon.jit
+def add_product(sums, a, b_high, b_low):
+    """sums + a b, b a sum of two right operands."""
+    sums = mma_v2(left(a), b_low, sums)
+    return mma_v2(left(a), b_high, sums)
+
+
+@gluon.jit
+def add_whole_product(sums, a_high, a_low, b_high, b_low):
+    """The same where a is a sum of two operands too."""
+    sums = mma_v2(left(a_low), b_high, sums)
+    return add_product(sums, a_high, b_high, b_low)
+
+
+@gluon.jit
+def inverse_blocks(A0, b0, c0, A1, b1, c1, masks):
+    """((I + L)^-1)^T of two L = diag(b) A below the diagonal, side by side; c is b along columns.
+
+    As chunk_prep.inverse_block: solved diagonal blocks are doubled, Y <- Y - Y (M_l * L^T) Y, and one Newton step on a
+    residual of twice the precision squares what rounding the operands to fp16 left.
+    """
+    row = gl.arange(0, B, ROWS)[:, None]
+    column = gl.arange(0, B, COLUMNS)[None, :]
+    eye = gl.where(row == column, 1.0, 0.0)
+    pairs = (row < column) & (row // 2 == column // 2)
+    zeros = gl.zeros([B, B], gl.float32, RESULT)
+    L0_high, L0_low = split(gl.where(row > column, A0 * b0[:, None], 0.0))
+    L1_high, L1_low = split(gl.where(row > column, A1 * b1[:, None], 0.0))
+    Y0 = eye - gl.where(pairs, A0 * c0[None, :], 0.0)
+    Y1 = eye - gl.where(pairs, A1 * c1[None, :], 0.0)
+    Y0_high = Y0.to(gl.float16)
+    Y1_high = Y1.to(gl.float16)
+    Y0_right = right(turned(Y0_high))
+    Y1_right = right(turned(Y1_high))
+    for level in gl.static_range(3):
+        W0 = mma_v2(left(Y0_high), right(minus_masked(L0_high, masks[level])), zeros)
+        W1 = mma_v2(left(Y1_high), right(minus_masked(L1_high, masks[level])), zeros)
+        Y0 = mma_v2(left(W0.to(gl.float16)), Y0_right, Y0)
+        Y1 = mma_v2(left(W1.to(gl.float16)), Y1_right, Y1)
+        Y0_high = Y0.to(gl.float16)
+        Y1_high = Y1.to(gl.float16)
+        Y0_right = right(turned(Y0_high))
+        Y1_right = right(turned(Y1_high))
+    Y0_low = (Y0 - Y0_high.to(gl.float32)).to(gl.float16)
+    Y1_low = (Y1 - Y1_high.to(gl.float32)).to(gl.float16)
+    R0 = add_whole_product(Y0 - eye, Y0_high, Y0_low, right(L0_high), right(L0_low))
+    R1 = add_whole_product(Y1 - eye, Y1_high, Y1_low, right(L1_high), right(L1_low))
+    Y0 = mma_v2(left((-R0).to(gl.float16)), Y0_right, Y0)
+    Y1 = mma_v2(left((-R1).to(gl.float16)), Y1_right, Y1)
+    return Y0, Y1
+
+
+@gluon.jit
+def right_pair(high, low):
+    """A block that is a sum of two operands, as a right operand."""
+    return right(turned(high)), right(turned(low))
+
+
+@gluon.jit
+def factor(tile, i: gl.constexpr, layout: gl.constexpr):
+    return tile.slice(i * B, B).load(layout)
+
+
+@gluon.jit
+def first_of(tile, i: gl.constexpr):
+    return gl.max(tile.slice(i * B, 1).load(ROWS), 0)
+
+
+@gluon.jit
+def decayed(i: gl.constexpr, Y, b, gates_s, norm_s, HAS_NORM: gl.constexpr):
+    """Block (i, i) of Y with beta, the norms of k and decay."""
+    # no exponent is positive on or above the diagonal
+    exponents = factor(gates_s, i, COLUMNS)[None, :] - factor(gates_s, i, ROWS)[:, None]
+    y = Y * (b[:, None] * gl.exp2(gl.minimum(exponents, 0.0)))
+    if HAS_NORM:
+        y *= factor(norm_s, i, COLUMNS)[None, :]
+    return y
+
+
+@gluon.jit
+def decayed_from(i: gl.constexpr, j: gl.constexpr, Y, b, gates_s, norm_s, HAS_NORM: gl.constexpr):
+    """Block (i, j) of a later block's columns: decay from a row to that block's first token, then on."""
+    first = first_of(gates_s, j)
+    left_factor = b * gl.exp2(first - factor(gates_s, i, ROWS))
+    right_factor = gl.exp2(factor(gates_s, j, COLUMNS) - first)
+    if HAS_NORM:
+        right_factor *= factor(norm_s, j, COLUMNS)
+    return Y * (left_factor[:, None] * right_factor[None, :])
+
+
+@gluon.jit
+def last_product(sums, minus_b, Y_high, Y_low):
+    """-sums diag(b) Y of a diagonal block Y."""
+    zeros = gl.zeros([B, B], gl.float32, RESULT)
+    return add_product(zeros, (sums * minus_b[None, :]).to(gl.float16), Y_high, Y_low)
+
+
+@gluon.jit
+def side_by_side(a, b):
+    """Two tensors of 16 rows, one beside the other."""
+    both = gl.join(a, b).permute((0, 2, 1)).reshape([B, 2 * a.shape[1]])
+    return gl.convert_layout(both, RESULT)
+
+
+@gluon.jit
+def load_operand(a_s, which: gl.constexpr):
+    """Block ``which`` of k k^T, transposed, as a right operand of twice the precision."""
+    return a_s.index(2 * which).permute((1, 0)).load(RIGHT), a_s.index(2 * which + 1).permute((1, 0)).load(RIGHT)
+
+
+@gluon.jit
+def store_operand(a_s, which: gl.constexpr, A):
+    high, low = split(A)
+    a_s.index(2 * which).store(high)
+    a_s.index(2 * which + 1).store(low)
+
+
+@gluon.jit(do_not_specialize=["N", "T", "heads", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
+def hopper_inverse_kernel(
+    k_tiles,
+    upper_tiles,
+    lower_tiles,
+    q_ptr,
+    g_ptr,
+    beta_ptr,
+    A_log_ptr,
+    dt_bias_ptr,
+    factor_ptr,
+    o_ptr,
+    cu_seqlens_ptr,
+    N: gl.int32,
+    T: gl.int32,
+    heads: gl.int32,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_g_b: gl.int64,
+    stride_g_t: gl.int64,
+    stride_beta_b: gl.int64,
+    stride_beta_t: gl.int64,
+    stride_o_t,
+    stride_o_h,
+    scale,
+    beta_scale,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    IS_RAW_GATE: gl.constexpr,
+    FACTORS: gl.constexpr,
+    USE_QK_L2NORM: gl.constexpr,
+):
+    """Y and row factors of one chunk and ``heads`` value heads of one key head, by one warp; zeros for no sequence's
+    tokens."""
+    pid = gl.program_id(0)
+    hv0 = pid % (HV // heads) * heads
+    place = (pid // (HV // heads)).to(gl.int64)
+    h = hv0 // (HV // H)
+
+    if cu_seqlens_ptr is not None:
+        end = gl.load(cu_seqlens_ptr + N).to(gl.int64)
+        if (place + 1) * C > end:
+            rows = gl.arange(0, B, gl.SliceLayout(1, ZEROS))
+            columns = gl.arange(0, V, gl.SliceLayout(0, ZEROS))
+            zeros = gl.zeros([B, V], o_ptr.dtype.element_ty, ZEROS)
+            for t0 in range(0, C, B):
+                t = (place * C + t0 + rows)[:, None]
+                o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + columns[None, :]
+                for each in range(heads):
+                    gl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
+
+    if N == 0:
+        return
+    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    if (chunk >= 0) & (chunk * C < length):
+        first = start + chunk * C
+        left_over = length - chunk * C
+        gates_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        beta_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        norm_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        # its place is that of A and Y later on
+        k_s = gl.allocate_shared_memory(
+            k_tiles.dtype, [K // STEP, C, STEP], gl.NVMMASharedLayout.get_default_for([C, STEP], k_tiles.dtype)
+        )
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
+        fence_async_shared()
+        mbarrier.expect(ready, C * K * 2)
+        first_row = (chunk * C).to(gl.int32)
+        sequence_end = (batch * T + start + length).to(gl.int32)
+        load_rows(k_tiles, sequence_end, length, first_row, h * K, ready, k_s)
+
+        token = gl.arange(0, C, TOKENS)
+        valid = token < left_over
+        g_ptrs = g_ptr + batch * stride_g_b + (first + token) * stride_g_t + hv0
+        beta_ptrs = beta_ptr + batch * stride_beta_b + (first + token) * stride_beta_t + hv0
+        # of the next head, always: they are on their way while this one is worked on
+        g_next = gl.load(g_ptrs, mask=valid, other=0.0)
+        beta_next = gl.load(beta_ptrs, mask=valid, other=0.0)
+
+        norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
+        if USE_QK_L2NORM:
+            row = gl.arange(0, C, gl.SliceLayout(1, LINES))[:, None]
+            column = gl.arange(0, STEP, gl.SliceLayout(0, LINES))[None, :]
+            q_ptrs = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h + row * stride_q_t + column
+            squares = gl.zeros([C, STEP], gl.float32, LINES)
+            for s in gl.static_range(0, K, STEP):
+                q = gl.load(q_ptrs + s, mask=row < left_over, other=0.0).to(gl.float32)
+                squares += q * q
+            norm_q = scale * gl.convert_layout(inv_l2norm(gl.sum(squares, 1), L2NORM_EPS), TOKENS)
+
+        A00 = gl.zeros([B, B], gl.float32, RESULT)
+        A10 = gl.zeros([B, B], gl.float32, RESULT)
+        A11 = gl.zeros([B, B], gl.float32, RESULT)
+        A20 = gl.zeros([B, B], gl.float32, RESULT)
+        A21 = gl.zeros([B, B], gl.float32, RESULT)
+        A22 = gl.zeros([B, B], gl.float32, RESULT)
+        A30 = gl.zeros([B, B], gl.float32, RESULT)
+        A31 = gl.zeros([B, B], gl.float32, RESULT)
+        A32 = gl.zeros([B, B], gl.float32, RESULT)
+        A33 = gl.zeros([B, B], gl.float32, RESULT)
+        mbarrier.wait(ready, 0)
+        for s in gl.static_range(K // STEP):
+            k0_s = k_s.index(s).slice(0, B)
+            k1_s = k_s.index(s).slice(16, B)
+            k2_s = k_s.index(s).slice(32, B)
+            k3_s = k_s.index(s).slice(48, B)
+            k1 = k1_s.load(LEFT)
+            k2 = k2_s.load(LEFT)
+            k3 = k3_s.load(LEFT)
+            other = k0_s.permute((1, 0)).load(RIGHT)
+            A00 = mma_v2(k0_s.load(LEFT), other, A00)
+            A10 = mma_v2(k1, other, A10)
+            A20 = mma_v2(k2, other, A20)
+            A30 = mma_v2(k3, other, A30)
+            other = k1_s.permute((1, 0)).load(RIGHT)
+            A11 = mma_v2(k1, other, A11)
+            A21 = mma_v2(k2, other, A21)
+            A31 = mma_v2(k3, other, A31)
+            other = k2_s.permute((1, 0)).load(RIGHT)
+            A22 = mma_v2(k2, other, A22)
+            A32 = mma_v2(k3, other, A32)
+            other = k3_s.permute((1, 0)).load(RIGHT)
+            A33 = mma_v2(k3, other, A33)
+
+        norm_k = gl.full([C], 1.0, gl.float32, TOKENS)
+        if USE_QK_L2NORM:
+            r = gl.arange(0, B, ROWS)[:, None]
+            c = gl.arange(0, B, COLUMNS)[None, :]
+            norm_s.slice(0, B).store(gl.sum(gl.where(r == c, A00, 0.0), 1))
+            norm_s.slice(16, B).store(gl.sum(gl.where(r == c, A11, 0.0), 1))
+            norm_s.slice(32, B).store(gl.sum(gl.where(r == c, A22, 0.0), 1))
+            norm_s.slice(48, B).store(gl.sum(gl.where(r == c, A33, 0.0), 1))
+            norm_k = inv_l2norm(norm_s.load(TOKENS), L2NORM_EPS)
+        if USE_QK_L2NORM:
+            norm_s.store(norm_k)
+            n1 = factor(norm_s, 1, ROWS)[:, None]
+            n2 = factor(norm_s, 2, ROWS)[:, None]
+            n3 = factor(norm_s, 3, ROWS)[:, None]
+            m0 = factor(norm_s, 0, COLUMNS)[None, :]
+            m1 = factor(norm_s, 1, COLUMNS)[None, :]
+            m2 = factor(norm_s, 2, COLUMNS)[None, :]
+            A00 *= factor(norm_s, 0, ROWS)[:, None] * m0
+            A10 *= n1 * m0
+            A11 *= n1 * m1
+            A20 *= n2 * m0
+            A21 *= n2 * m1
+            A22 *= n2 * m2
+            A30 *= n3 * m0
+            A31 *= n3 * m1
+            A32 *= n3 * m2
+            A33 *= n3 * factor(norm_s, 3, COLUMNS)[None, :]
+        a_s = gl.allocate_shared_memory(gl.float16, [12, B, B], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+        d_s = gl.allocate_shared_memory(gl.float32, [4, B, B], gl.SwizzledSharedLayout(8, 2, 2, [1, 0]))
+        upper_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C], upper_tiles.layout)
+        lower_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C // 2], lower_tiles.layout)
+        d_s.index(0).store(A00)
+        d_s.index(1).store(A11)
+        d_s.index(2).store(A22)
+        d_s.index(3).store(A33)
+        # rounding them to one operand each would leave the errors that the Newton steps take away
+        store_operand(a_s, 0, A10)
+        store_operand(a_s, 1, A20)
+        store_operand(a_s, 2, A21)
+        store_operand(a_s, 3, A30)
+        store_operand(a_s, 4, A31)
+        store_operand(a_s, 5, A32)
+
+        row = gl.arange(0, B, ROWS)[:, None]
+        column = gl.arange(0, B, COLUMNS)[None, :]
+        none = gl.zeros([B, B], gl.int16, RESULT)
+        mask_4 = gl.where((row // 2 != column // 2) & (row // 4 == column // 4), none - 1, none)
+        mask_8 = gl.where((row // 4 != column // 4) & (row // 8 == column // 8), none - 1, none)
+        mask_16 = gl.where(row // 8 != column // 8, none - 1, none)
+        masks = (mask_4, mask_8, mask_16)
+        zeros = gl.zeros([B, B], gl.float32, RESULT)
+
+        for each in range(heads):
+            g = g_next.to(gl.float32)
+            b = beta_next.to(gl.float32)
+            more = valid & (each + 1 < heads)
+            g_next = gl.load(g_ptrs + (each + 1), mask=more, other=0.0)
+            beta_next = gl.load(beta_ptrs + (each + 1), mask=more, other=0.0)
+            if IS_RAW_GATE:
+                A_log = gl.load(A_log_ptr + hv0 + each).to(gl.float32)
+                dt_bias = gl.load(dt_bias_ptr + hv0 + each).to(gl.float32)
+                g = gl.where(valid, gate(g, A_log, dt_bias), 0.0)
+                b = gl.where(valid, beta_scale * sigmoid(b), 0.0)
+            # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
+            gates = gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add)
+            gates_s.store(gates)
+            beta_s.store(b)
+            head = place * HV + hv0 + each
+            factor_ptrs = factor_ptr + head * (FACTORS * C) + token
+            gl.store(factor_ptrs, gates)
+            gl.store(factor_ptrs + C, gl.exp2(gates) * norm_k)
+            if USE_QK_L2NORM:
+                gl.store(factor_ptrs + 2 * C, norm_q)
+
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
+            b3 = factor(beta_s, 3, ROWS)
+            b2 = factor(beta_s, 2, ROWS)
+            c3 = factor(beta_s, 3, COLUMNS)
+            c2 = factor(beta_s, 2, COLUMNS)
+            Y33, Y22 = inverse_blocks(d_s.index(3).load(RESULT), b3, c3, d_s.index(2).load(RESULT), b2, c2, masks)
+            b1 = factor(beta_s, 1, ROWS)
+            b0 = factor(beta_s, 0, ROWS)
+            c1 = factor(beta_s, 1, COLUMNS)
+            c0 = factor(beta_s, 0, COLUMNS)
+            Y11, Y00 = inverse_blocks(d_s.index(1).load(RESULT), b1, c1, d_s.index(0).load(RESULT), b0, c0, masks)
+            c1 = -c1
+            c2 = -c2
+            c3 = -c3
+            Y33_high, Y33_low = split(Y33)
+            Y22_high, Y22_low = split(Y22)
+            Y11_high, Y11_low = split(Y11)
+            Y00_high, Y00_low = split(Y00)
+            R3_high, R3_low = right_pair(Y33_high, Y33_low)
+            R2_high, R2_low = right_pair(Y22_high, Y22_low)
+            R1_high, R1_low = right_pair(Y11_high, Y11_low)
+            y33 = decayed(3, Y33, b3, gates_s, norm_s, USE_QK_L2NORM)
+            y22 = decayed(2, Y22, b2, gates_s, norm_s, USE_QK_L2NORM)
+            y11 = decayed(1, Y11, b1, gates_s, norm_s, USE_QK_L2NORM)
+            y00 = decayed(0, Y00, b0, gates_s, norm_s, USE_QK_L2NORM)
+            # what was written for the head before has been read
+            tma.store_wait(0)
+            dtype: gl.constexpr = upper_s.dtype
+            lower_s.slice(B, B).store(side_by_side(zeros, y33).to(dtype))
+            y11 = side_by_side(zeros, y11).to(dtype)
+
+            A32_high, A32_low = load_operand(a_s, 5)
+            A21_high, A21_low = load_operand(a_s, 2)
+            A10_high, A10_low = load_operand(a_s, 0)
+            sums_2 = add_whole_product(zeros, Y22_high, Y22_low, A32_high, A32_low)
+            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A21_high, A21_low)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)
+            Y23 = last_product(sums_2, c3, R3_high, R3_low)
+            Y12 = last_product(sums_1, c2, R2_high, R2_low)
+            Y01 = last_product(sums_0, c1, R1_high, R1_low)
+            y23 = decayed_from(2, 3, Y23, b2, gates_s, norm_s, USE_QK_L2NORM)
+            lower_s.slice(0, B).store(side_by_side(y22, y23).to(dtype))
+            y00 = side_by_side(y00, decayed_from(0, 1, Y01, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            y12 = decayed_from(1, 2, Y12, b1, gates_s, norm_s, USE_QK_L2NORM)
+
+            A31_high, A31_low = load_operand(a_s, 4)
+            A20_high, A20_low = load_operand(a_s, 1)
+            Y12_high, Y12_low = split(Y12)
+            Y01_high, Y01_low = split(Y01)
+            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A31_high, A31_low)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A20_high, A20_low)
+            sums_1 = add_whole_product(sums_1, Y12_high, Y12_low, A32_high, A32_low)
+            sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A21_high, A21_low)
+            Y13 = last_product(sums_1, c3, R3_high, R3_low)
+            Y02 = last_product(sums_0, c2, R2_high, R2_low)
+            y12 = side_by_side(y12, decayed_from(1, 3, Y13, b1, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            upper_s.slice(B, B).store(side_by_side(y11, y12))
+
+            A30_high, A30_low = load_operand(a_s, 3)
+            Y02_high, Y02_low = split(Y02)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A30_high, A30_low)
+            sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A31_high, A31_low)
+            sums_0 = add_whole_product(sums_0, Y02_high, Y02_low, A32_high, A32_low)
+            Y03 = last_product(sums_0, c3, R3_high, R3_low)
+            y02 = decayed_from(0, 2, Y02, b0, gates_s, norm_s, USE_QK_L2NORM)
+            y02 = side_by_side(y02, decayed_from(0, 3, Y03, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            upper_s.slice(0, B).store(side_by_side(y00, y02))
+            fence_async_shared()
+            number = head.to(gl.int32)
+            _store(upper_tiles, [number * (PACKED // C), 0], upper_s)
+            _store(lower_tiles, [number * (PACKED // (C // 2)) + C, 0], lower_s)
+        tma.store_wait(0)
+
+
+def prepare_inverse(
+    q,
+    k,
+    g,
+    beta,
+    o,
+    y,
+    factors,
+    *,
+    config,
+    count,
+    cu_seqlens,
+    scale,
+    use_qk_l2norm,
+    A_log,
+    dt_bias,
+    beta_scale,
+):
+    """Write Y, packed, to ``y`` [places, HV, PACKED], row factors to ``factors`` [places, HV, 2 or 4, C] (the gates summed
+    within the chunk, in log2; gamma / |k|; with l2norm scale / |q|), and zeros to the tokens of ``o`` of no sequence.
+    ``count``: sequences."""
+    tokens, H, K = k.shape[1:]
+    places, HV = factors.shape[:2]
+    ratio = HV // H
+    heads = next((each for each in range(config.heads, ratio) if ratio % each == 0), ratio)
+    launch.run(
+        hopper_inverse_kernel,
+        (places * (HV // heads),),
+        chunk_hopper.tiles_of(k, K, STEP.value),
+        *chunk_hopper.packed_tiles(y, CHUNK // 2),
+        q,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        factors,
+        o,
+        cu_seqlens,
+        count,
+        tokens,
+        heads,
+        recurrent.batch_stride(q),
+        q.stride(1),
+        q.stride(2),
+        *(stride for t in (g, beta) for stride in (recurrent.batch_stride(t), t.stride(1))),
+        o.stride(1),
+        o.stride(2),
+        scale,
+        beta_scale,
+        config=config,
+        H=H,
+        HV=HV,
+        K=K,
+        V=o.shape[3],
+        IS_RAW_GATE=A_log is not None,
+        FACTORS=factors.shape[2],
+        USE_QK_L2NORM=use_qk_l2norm,
+    )
