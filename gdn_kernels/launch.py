@@ -227,10 +227,8 @@ class PrepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HopperInverseConfig:
-    """Inverses of the chunk preparation in Gluon: ``heads`` value heads of a chunk a program of one warp, more where those
-    of a key head do not divide by it; a thread may use ``registers``."""
+    """Inverses of the chunk preparation in Gluon: programs of one warp, ``registers`` a thread at most."""
 
-    heads: int
     registers: int
     num_warps: int = 1
 
@@ -394,15 +392,9 @@ def prep_config(num_v_heads: int) -> PrepConfig:
     return next((config for limit, config in PREP_LADDER if num_v_heads <= limit), PREP_LADDER[-1][1])
 
 
-# Chunks times value heads up to which each is a program of the inverses, because all of them run at once; from the second
-# number on programs take 4 heads of a key head, whose products they share, in between 2.
-FEW_CHUNK_HEADS, MANY_CHUNK_HEADS = 1584, 16384
-
-
-def hopper_inverse_config(chunk_heads: int) -> HopperInverseConfig:
-    """Inverses in Gluon of so many chunks times value heads; how many a program takes changes no bits."""
-    heads = 1 if chunk_heads <= FEW_CHUNK_HEADS else 2 if chunk_heads < MANY_CHUNK_HEADS else 4
-    return HopperInverseConfig(heads=heads, registers=168)
+# Inverses in Gluon. With 168 registers 12 warps share an SM; 128 spill more than the one warp gains that shared memory
+# still has room for (H100, 2026-11-26: 16/64 8x1024 81 us, 74).
+HOPPER_INVERSE_CONFIG = HopperInverseConfig(registers=168)
 
 
 def scan_config(head_k_dim: int, target: Target) -> ScanConfig:
@@ -524,7 +516,7 @@ _CHOOSERS: dict[str, Callable[..., Any]] = {
     "decode_step": step_config,
     "chunk_prep": prep_config,
     "chunk_scan": scan_config,
-    "chunk_hopper_inverse": hopper_inverse_config,
+    "chunk_hopper_inverse": lambda: HOPPER_INVERSE_CONFIG,
     "chunk_hopper_scan": hopper_scan_config,
     "chunk_map": map_config,
     "chunk_segments": segment_config,

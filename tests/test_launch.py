@@ -137,6 +137,7 @@ CONFIGS = {
     "split": launch.SPLIT_CONFIG,
     "conv": launch.CONV_CONFIG,
     "conv-update": launch.CONV_UPDATE_CONFIG,
+    "hopper-inverse": launch.HOPPER_INVERSE_CONFIG,
     "no-segments": launch.NO_SEGMENTS,
     **{name: getattr(launch, name) for name in dir(launch) if name.startswith(("HOPPER_SCAN_", "HOPPER_MAP_"))},
     **{f"segments-{limit}": config for limit, config in launch.SEGMENT_LADDER},
@@ -219,6 +220,16 @@ def test_few_heads_cut_long_sequences_on_hopper_alone(
     found = config.max_segments, config.min_tokens, config.long_tokens
     assert found == ((segments, least, long) if target.arch == 90 else (1, 1024, 1024))
     assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
+
+
+@pytest.mark.parametrize(
+    "chunk_heads, ratio, heads",
+    [(1, 4, 1), (1584, 4, 1), (1585, 4, 2), (15839, 4, 2), (15840, 4, 4), (1585, 3, 3), (1 << 20, 2, 2), (1 << 20, 1, 1)],
+)
+def test_programs_of_the_inverses_share_keys_once_they_fill_the_gpu(chunk_heads: int, ratio: int, heads: int) -> None:
+    from gdn_kernels.kernels import chunk_hopper_inverse
+
+    assert chunk_hopper_inverse.heads_of_a_program(chunk_heads, ratio) == heads
 
 
 # Configurations of the scan in Gluon have 64 rows of the state a part.
@@ -334,6 +345,7 @@ FACTS = {
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
+    "chunk_hopper_inverse": [()],
     "chunk_hopper_scan": [(size, states) for size in HEAD_DIMS for states in (1, 66, 67, 4096)],
     "chunk_map": [(size, other) for size in HEAD_DIMS for other in HEAD_DIMS],
     "chunk_segments": [(heads, 128, target) for heads in (1, 8, 9, 16, 17, 64) for target in TARGETS],

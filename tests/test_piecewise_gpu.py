@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -139,6 +140,15 @@ def test_capture_writes_no_state(cut):
     assert_same_bits(pools(layers), before, "captured")
 
 
+def graph_pools() -> dict[tuple[int, int], int]:
+    """Bytes reserved in each pool of graphs; the common one also holds a workspace for each stream's products."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for segment in torch.cuda.memory_snapshot():
+        sizes[segment["segment_pool_id"]] += segment["total_size"]
+    del sizes[0, 0]
+    return dict(sizes)
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_sizes_share_one_pool_of_memory(cut):
     """Captured after a larger size, smaller ones take next to no memory of their own."""
@@ -146,16 +156,16 @@ def test_sizes_share_one_pool_of_memory(cut):
     layers = model.states()
     for sizes in ((4096,), (512, 1024, 2048, 3072, 4096)):
         torch._dynamo.reset()
-        runner = graphs.PiecewiseRunner(model, sizes, cut=cut)
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        before = graph_pools().keys()
+        runner = graphs.PiecewiseRunner(model, sizes, cut=cut)
         runner.capture(layers, tokens(2))
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        taken.append(torch.cuda.memory_reserved() - before)
+        taken.append(sum(size for pool, size in graph_pools().items() if pool not in before))
         del runner
     print(f"bytes reserved by one size and by five: {taken}")
-    assert taken[1] <= 1.5 * taken[0]
+    assert 0 < taken[1] <= 1.5 * taken[0]
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -10,7 +10,8 @@ k and q (divided by their norms if asked), L the strictly lower part of diag(bet
 
 The inverse does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a
 chunk. Four rows of factors are fp32: the gates summed within the chunk, in log2; gamma / |k|; scale gamma / |q|; and
-scale / |q|, where a norm is 1 unless k and q are to be normalised.
+scale / |q|, where a norm is 1 unless k and q are to be normalised. On Hopper there are but the first two, or with norms
+those two and the last.
 S is [V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every
 exponent is of a number that is not positive.
 
@@ -18,8 +19,9 @@ A chunk of sequence n has a place in scratch that no other sequence shares, with
 cu_seqlens[n] // 64 + n + (chunk of the sequence), so T // 64 + N + 1 places serve every batch of N sequences in T
 tokens.
 
-The preparation is in kernels/chunk_prep.py. On Hopper the scan is that of kernels/chunk_hopper.py where it can address
-the tensors, which takes the preparation's inverses and no X and R; only there are sequences split over programs.
+The preparation is in kernels/chunk_prep.py. Where Hopper's kernels can address the tensors, the inverses are formed in
+kernels/chunk_hopper_inverse.py, and kernels/chunk_hopper.py scans with them, without X and R; only there are sequences
+split over programs.
 """
 
 import torch
@@ -200,7 +202,6 @@ def _launch(
         y = launch.empty(q, places, HV, chunk_hopper.PACKED.value)
         # with scale / |q| a third row, and one for TMA, which takes powers of two
         factors = launch.empty(q, places, HV, 4 if use_qk_l2norm else 2, CHUNK, dtype=torch.float32)
-        chunk_heads = min(places * HV, launch.MANY_CHUNK_HEADS)
         chunk_hopper_inverse.prepare_inverse(
             q,
             k,
@@ -209,7 +210,7 @@ def _launch(
             o,
             y,
             factors,
-            config=launch.config("chunk_hopper_inverse", chunk_heads),
+            config=launch.config("chunk_hopper_inverse"),
             count=count,
             cu_seqlens=cu_seqlens,
             scale=scale,

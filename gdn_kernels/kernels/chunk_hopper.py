@@ -1,6 +1,6 @@
 """The scan of the chunked gated delta rule on Hopper, in Gluon: asynchronous copies and products, a job for each warp.
 
-With Y of the preparation (kernels/chunk_prep.py: gates, beta and inverse norms of k are in it), per head and chunk:
+With Y of kernels/chunk_hopper_inverse.py, which gates, beta and inverse norms of k are in, per head and chunk:
 
     P = scale G * tril(q^ k^T)
     W = v - gamma * (k^ S^T),   U = Y^T W
@@ -200,8 +200,8 @@ def auxiliary(
     MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, STAGES: gl.constexpr,
     FACTORS: gl.constexpr,
 ):  # fmt: skip
-    """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an earlier
-    chunk's output, two chunks behind so that no P waits for it."""
+    """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
+    earlier chunk's output, two chunks behind so that no P waits for it."""
     q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -653,8 +653,8 @@ def tiles_of(x, columns, width=CHUNK):
 
 
 def packed_tiles(y, lower_columns):
-    """Descriptors of the two parts of a packed Y, in ``y`` of [places, HV, PACKED]: 32 rows of 64 columns, then 32 rows of
-    32, copied as tiles of ``lower_columns``."""
+    """Descriptors of the two parts of a packed Y, in ``y`` of [places, HV, PACKED]: 32 rows of 64 columns, then 32 rows
+    of 32, copied as tiles of ``lower_columns``."""
     half, tile = CHUNK // 2, [CHUNK // 2, lower_columns]
     upper = launch.descriptor(y, [y.numel() // CHUNK, CHUNK], [CHUNK, 1], [half, CHUNK], _layout(y, (half, CHUNK)))
     return upper, launch.descriptor(y, [y.numel() // half, half], [half, 1], tile, _layout(y, tile))

@@ -1,9 +1,10 @@
 """The inverses of the chunked gated delta rule on Hopper, in Gluon: what kernels/chunk_prep.py's inverse_kernel forms.
 
 Its formulas, of one warp a chunk on 16x16 blocks; what differs is where things lie. Such a warp is a chain of small
-products, which only other warps and other blocks hide. So the blocks of k k^T are in shared memory, as operands of twice
-the precision of one, and 12 warps fit an SM where 8 did; diagonal blocks are inverted in pairs, and those beside them by
-diagonals. Only Y is formed, not its transpose T: movmatrix turns a block of 16 bits in registers. k arrives and Y leaves by TMA.
+products, which only other warps and other blocks hide. So the blocks of k k^T are in shared memory, as operands of
+twice the precision of one, and 12 warps fit an SM where 8 did; diagonal blocks are inverted in pairs, and those beside
+them by diagonals. Only Y is formed, not its transpose T: movmatrix turns a block of 16 bits in registers. k arrives and
+Y leaves by TMA.
 
 Y, upper triangular, is stored without its quarter of zeros: its upper 32 rows, then the right half of its lower ones.
 """
@@ -22,6 +23,8 @@ B = gl.constexpr(16)
 # Columns of k at a time.
 STEP = gl.constexpr(32)
 PACKED = chunk_hopper.PACKED
+# Programs that run at once: 12 an SM.
+AT_ONCE = 12 * launch.HOPPER_SMS
 LOG2E = gl.constexpr(chunk_prep.LOG2E.value)
 MIN_LOG2_GATE = gl.constexpr(chunk_prep.MIN_LOG2_GATE.value)
 L2NORM_EPS = gl.constexpr(recurrent.L2NORM_EPS.value)
@@ -492,6 +495,17 @@ def hopper_inverse_kernel(
         tma.store_wait(0)
 
 
+def heads_of_a_program(chunk_heads, ratio):
+    """Value heads of a chunk a program, of ``ratio`` that share a key head: they share its products, but the fewer they
+    are, the more programs there are. No bits and no binary depend on it.
+
+    H100, 2026-11-26, us with 1, 2, 4: heads 8/32 1x512 7, 9, 13; 4/16 1x8192 22, 16, 16; 16/64 8x1024 70, 60, 65; 16/64
+    4x8192 237, 194, 192.
+    """
+    least = 1 if chunk_heads <= AT_ONCE else 2 if chunk_heads < 10 * AT_ONCE else 4
+    return next((each for each in range(least, ratio) if ratio % each == 0), ratio)
+
+
 def prepare_inverse(
     q,
     k,
@@ -510,13 +524,12 @@ def prepare_inverse(
     dt_bias,
     beta_scale,
 ):
-    """Write Y, packed, to ``y`` [places, HV, PACKED], row factors to ``factors`` [places, HV, 2 or 4, C] (the gates summed
-    within the chunk, in log2; gamma / |k|; with l2norm scale / |q|), and zeros to the tokens of ``o`` of no sequence.
+    """Write Y, packed, to ``y`` [places, HV, PACKED], and zeros to the tokens of ``o`` of no sequence; to ``factors``
+    [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and with l2norm scale / |q|.
     ``count``: sequences."""
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
-    ratio = HV // H
-    heads = next((each for each in range(config.heads, ratio) if ratio % each == 0), ratio)
+    heads = heads_of_a_program(places * HV, HV // H)
     launch.run(
         hopper_inverse_kernel,
         (places * (HV // heads),),

@@ -277,19 +277,19 @@ def warm_pool(shapes: launch.ModelShapes, device: torch.device) -> torch.Tensor:
     )
 
 
-def _warm_plans(shapes: launch.ModelShapes, device: torch.device, *, in_place: bool) -> list[tuple[int, int]]:
-    """Sequences and tokens of the calls that together launch every binary: few and many sequences, and one so long that
-    it is cut, which states in place are not."""
+def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[int, int]]:
+    """Sequences and tokens of the calls that together launch every binary: few and many sequences, and the same with
+    one so long that it is cut."""
     target = launch.target(device)
     if not launch.has_descriptors(target):
         return [(2, 2)]
-    plans = {}
+    counts: dict[Any, int] = {}
     for count in (1, 2, 1 + launch.HOPPER_SMS):
-        plans.setdefault(launch.hopper_scan_config(shapes.head_v_dim, count * shapes.num_v_heads), (count, 2))
+        counts.setdefault(launch.hopper_scan_config(shapes.head_v_dim, count * shapes.num_v_heads), count)
     facts = shapes.num_v_heads, shapes.head_v_dim, target, launch.prefill_policy(), shapes.num_v_heads
     segments = launch.config("chunk_segments", *facts)
-    long = [(1, segments.long_tokens)] if segments.max_segments > 1 and not in_place else []
-    return [*plans.values(), *long]
+    tokens = [2, segments.long_tokens + launch.HOPPER_SMS] if segments.max_segments > 1 else [2]
+    return [(count, each) for each in tokens for count in counts.values()]
 
 
 def _warm_offsets(shapes: launch.ModelShapes, device: torch.device, count: int, tokens: int) -> torch.Tensor:
@@ -301,7 +301,7 @@ def _warm_offsets(shapes: launch.ModelShapes, device: torch.device, count: int, 
 
 def _warm_functional(l2norm: bool) -> Callable[[launch.ModelShapes, torch.device], None]:
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        for count, tokens in _warm_plans(shapes, device, in_place=False):
+        for count, tokens in _warm_plans(shapes, device):
             offsets = _warm_offsets(shapes, device, count, tokens)
             chunk_gated_delta_rule(*warm_tensors(shapes, device, tokens), cu_seqlens=offsets, use_qk_l2norm=l2norm)
 
@@ -312,7 +312,7 @@ def _warm_paged(raw: bool) -> Callable[[launch.ModelShapes, torch.device], None]
     """``raw``: the layer's form, with gates and l2norm inside."""
 
     def warm(shapes: launch.ModelShapes, device: torch.device) -> None:
-        for count, tokens in _warm_plans(shapes, device, in_place=True):
+        for count, tokens in _warm_plans(shapes, device):
             q, k, v, g, beta = warm_tensors(shapes, device, tokens)
             offsets = _warm_offsets(shapes, device, count, tokens)
             # the pool has two slots; more sequences have none
