@@ -224,7 +224,16 @@ def test_few_heads_cut_long_sequences_on_hopper_alone(
 
 @pytest.mark.parametrize(
     "chunk_heads, ratio, heads",
-    [(1, 4, 1), (1584, 4, 1), (1585, 4, 2), (15839, 4, 2), (15840, 4, 4), (1585, 3, 3), (1 << 20, 2, 2), (1 << 20, 1, 1)],
+    [
+        (1, 4, 1),
+        (1584, 4, 1),
+        (1585, 4, 2),
+        (15839, 4, 2),
+        (15840, 4, 4),
+        (1585, 3, 3),
+        (1 << 20, 2, 2),
+        (1 << 20, 1, 1),
+    ],
 )
 def test_programs_of_the_inverses_share_keys_once_they_fill_the_gpu(chunk_heads: int, ratio: int, heads: int) -> None:
     from gdn_kernels.kernels import chunk_hopper_inverse
