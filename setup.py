@@ -38,5 +38,10 @@ setup(
         "clients": ["fla-core==0.6.0"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
     },
-    entry_points={"console_scripts": ["gdn-kernels=gdn_kernels.__main__:main"]},
+    entry_points={
+        "console_scripts": ["gdn-kernels=gdn_kernels.__main__:main"],
+        # Called by the engines in each of their processes; they do nothing until they are chosen.
+        "sglang.srt.plugins": ["gdn_kernels=gdn_kernels.integrations.sglang:register"],
+        "vllm.general_plugins": ["gdn_kernels=gdn_kernels.integrations.vllm:register"],
+    },
 )

@@ -172,13 +172,14 @@ def replacing(record: Record) -> Call:
     return replacement
 
 
-def rebind(old: Any, new: Any) -> None:
-    """Every module that holds ``old`` holds ``new`` then: ``from module import name`` copies a reference."""
+def rebind(pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Every module that holds the first of a pair holds the second then: ``from module import name`` copies it."""
+    instead = {id(old): (old, new) for old, new in pairs}
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType):
             for name, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, name, new)
+                if id(value) in instead:
+                    setattr(module, name, instead[id(value)][1])
 
 
 class Plugin:

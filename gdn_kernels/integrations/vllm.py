@@ -63,14 +63,14 @@ class VLLMPlugin(Plugin):
     def install(self, records: list[Record]) -> None:
         for record in records:
             setattr(record.owner, record.name, record.replacement)
-            rebind(record.original, record.replacement)
+        rebind((record.original, record.replacement) for record in records)
         operators = self._splitting_operators()
         operators.extend(set(SPLIT_OPERATORS) - set(operators))
 
     def uninstall(self, records: list[Record]) -> None:
         for record in records:
             setattr(record.owner, record.name, record.original)
-            rebind(record.replacement, record.original)
+        rebind((record.replacement, record.original) for record in records)
         operators = self._splitting_operators()
         for name in SPLIT_OPERATORS:
             if name in operators:

@@ -17,7 +17,9 @@ ALIASES = ("exp", "exp2", "log", "log2")
 _SGLANG = "sglang.kernels.ops.attention.fla"
 _VLLM = "vllm.third_party.flash_linear_attention.ops"
 MODULES = {
-    "sglang": [f"{_SGLANG}.{name}" for name in ("chunk_delta_h", "chunk_fwd", "chunk_o", "fused_recurrent", "op", "utils")],
+    "sglang": [
+        f"{_SGLANG}.{name}" for name in ("chunk_delta_h", "chunk_fwd", "chunk_o", "fused_recurrent", "op", "utils")
+    ],
     "vllm": [
         f"{_VLLM}.{name}"
         for name in (
@@ -34,14 +36,13 @@ MODULES = {
         )
     ],
 }
-MODULES["sglang"] += [f"{_SGLANG}.{name}" for name in ("cumsum", "l2norm", "layernorm_gated")]
 #: The module whose import brings in all that pins memory.
 PINNING = {"vllm": "vllm.v1.attention.backends.utils"}
 
 
 def settle(engine: str) -> None:
-    """Device contexts do nothing, the number of multiprocessors is not asked for, aliases are looked up when called, and
-    of an autotuned kernel's configurations the first is taken, and no memory is pinned."""
+    """Device contexts do nothing, the number of multiprocessors is not asked for, no memory is pinned, aliases are looked
+    up when called, and of an autotuned kernel's configurations the first is taken."""
     importlib.import_module(PINNING.get(engine, engine))
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith(f"{engine}.") and "PIN_MEMORY" in vars(module):

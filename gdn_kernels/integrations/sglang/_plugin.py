@@ -60,12 +60,11 @@ class SGLangPlugin(Plugin):
         from sglang.srt.compilation.compilation_config import SPLIT_OPS
         from sglang.srt.plugins.hook_registry import HookRegistry
 
+        rebind((getattr(record.owner, record.name), record.original) for record in records)
         for record in records:
             path = record.place.path
             hooks = HookRegistry._hooks.pop(path, [])
-            current = getattr(record.owner, record.name)
             setattr(record.owner, record.name, record.original)
-            rebind(current, record.original)
             HookRegistry._patched.discard(path)
             others = [hook for hook in hooks if hook[1] is not record.replacement]
             if others:
