@@ -343,7 +343,7 @@ class Plugin:
         for path, parameter in place.needs:
             try:
                 names = [name for name, *_ in parameters(pkgutil.resolve_name(path))]
-            except (ImportError, AttributeError, TypeError, ValueError) as error:
+            except Exception as error:
                 return f"{type(error).__name__}: {error}"
             if parameter not in names:
                 return f"{path} without {parameter}"

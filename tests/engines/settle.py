@@ -18,7 +18,18 @@ _SGLANG = "sglang.kernels.ops.attention.fla"
 _VLLM = "vllm.third_party.flash_linear_attention.ops"
 MODULES = {
     "sglang": [
-        f"{_SGLANG}.{name}" for name in ("chunk_delta_h", "chunk_fwd", "chunk_o", "fused_recurrent", "op", "utils")
+        f"{_SGLANG}.{name}"
+        for name in (
+            "chunk_delta_h",
+            "chunk_fwd",
+            "chunk_o",
+            "cumsum",
+            "fused_recurrent",
+            "l2norm",
+            "layernorm_gated",
+            "op",
+            "utils",
+        )
     ],
     "vllm": [
         f"{_VLLM}.{name}"
@@ -41,8 +52,8 @@ PINNING = {"vllm": "vllm.v1.attention.backends.utils"}
 
 
 def settle(engine: str) -> None:
-    """Device contexts do nothing, the number of multiprocessors is not asked for, no memory is pinned, aliases are looked
-    up when called, and of an autotuned kernel's configurations the first is taken."""
+    """Device contexts do nothing, the number of multiprocessors is not asked for, no memory is pinned, aliases are
+    looked up when called, and of an autotuned kernel's configurations the first is taken."""
     importlib.import_module(PINNING.get(engine, engine))
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith(f"{engine}.") and "PIN_MEMORY" in vars(module):
