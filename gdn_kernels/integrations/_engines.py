@@ -73,10 +73,10 @@ def described(value: Any) -> str:
 class Place:
     """One function of an engine that is replaced.
 
-    path: its dotted path. adapter: ours; its signature is the one that the engine's must have, after the engine's own
-    function where ``takes_original``. operators: what it runs. needs: ``(dotted path, parameter)`` pairs that the
-    engine must have too, because the adapter relies on them. sets: attributes of the class whose method is replaced,
-    with their values while it is.
+    path: its dotted path. also: where other versions have it. adapter: ours; its signature is the one that the engine's
+    must have, after the engine's own function where ``takes_original``. operators: what it runs. needs: ``(dotted path,
+    parameter)`` pairs that the engine must have too, because the adapter relies on them. sets: attributes of the class
+    whose method is replaced, with their values while it is.
     """
 
     path: str
@@ -85,6 +85,7 @@ class Place:
     takes_original: bool = False
     needs: tuple[tuple[str, str], ...] = ()
     sets: tuple[tuple[str, Any], ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -105,6 +106,11 @@ class Record:
     left: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     shapes: str = ""
     was: dict[str, Any] = dataclasses.field(default_factory=dict)
+    elsewhere: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.elsewhere or self.place.path
 
     @property
     def name(self) -> str:
@@ -112,7 +118,7 @@ class Record:
 
     def shown(self) -> dict[str, Any]:
         return {
-            "place": self.place.path,
+            "place": self.path,
             "state": self.state,
             "why": self.why,
             "operators": list(self.place.operators),
@@ -131,7 +137,7 @@ def _arguments(function: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _with_place(record: Record, error: Exception, shapes: str) -> Exception:
     """``error`` again, with the operators, the place and the arguments in its text."""
     operators = ", ".join(f"gdn::{name}" for name in record.place.operators)
-    text = f"{error} [{operators} in place of {record.place.path}, called with {shapes}]"
+    text = f"{error} [{operators} in place of {record.path}, called with {shapes}]"
     try:
         return type(error)(text)
     except Exception:  # an exception class that takes more than a text
@@ -328,11 +334,18 @@ class Plugin:
     def _found(self, record: Record) -> str | None:
         """None where the engine's function is as expected, else what was found. Fills ``owner`` and ``original``."""
         place = record.place
-        try:
-            record.owner = pkgutil.resolve_name(place.path.rpartition(".")[0])
-            record.original = getattr(record.owner, record.name)
-        except Exception as error:  # whatever the import of an engine's module raises, the engine goes on
-            return f"{type(error).__name__}: {error}"
+        failures = []
+        for path in (place.path, *place.also):
+            try:
+                record.owner = pkgutil.resolve_name(path.rpartition(".")[0])
+                record.original = getattr(record.owner, record.name)
+            except Exception as error:  # whatever the import of an engine's module raises, the engine goes on
+                failures.append(f"{type(error).__name__}: {error}")
+            else:
+                record.elsewhere = None if path == place.path else path
+                break
+        else:
+            return failures[0]
         wanted = parameters(place.adapter)[int(place.takes_original) :]
         try:
             have = parameters(record.original)

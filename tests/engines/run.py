@@ -23,27 +23,55 @@ NEEDED = ["annotated-types", "dill", "einops", "msgspec", "pydantic", "pydantic-
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
+def wheel(engine: str, version: str, scratch: Path) -> Path:
+    folder = scratch / "wheels"
+    if not list(folder.glob(f"{engine}-{version}-*.whl")):
+        only = ["--no-deps", "--only-binary=:all:"]
+        subprocess.run([*PIP, "download", "-q", *only, "-d", str(folder), f"{engine}=={version}"], check=True)
+    (found,) = folder.glob(f"{engine}-{version}-*.whl")
+    return found
+
+
+def kept(name: str) -> bool:
+    """All but compiled code: what Python imports, and the headers that SGLang looks for."""
+    return ".so" not in name
+
+
 def unpacked(engine: str, version: str, scratch: Path) -> Path:
     """The engine's wheel without its compiled code."""
     folder = scratch / f"{engine}-{version}"
     if not folder.is_dir():
-        wheels = scratch / "wheels"
-        requirement = f"{engine}=={version}"
-        subprocess.run(
-            [*PIP, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(wheels), requirement], check=True
-        )
-        (wheel,) = wheels.glob(f"{engine}-{version}-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if ".so" not in name]
-            archive.extractall(folder, names)
+        with zipfile.ZipFile(wheel(engine, version, scratch)) as archive:
+            archive.extractall(folder, filter(kept, archive.namelist()))
     return folder
 
 
-def needed(scratch: Path) -> Path:
-    folder = scratch / f"needed-{sys.version_info.major}.{sys.version_info.minor}"
+def needed(scratch: Path, python: str = f"{sys.version_info.major}.{sys.version_info.minor}") -> Path:
+    """What imports cannot do without, for a version of Python."""
+    folder = scratch / f"needed-{python}"
     if not folder.is_dir():
-        subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", str(folder), *NEEDED], check=True)
+        options = ["--no-deps", "--only-binary=:all:", "--python-version", python, "--target", str(folder)]
+        subprocess.run([*PIP, "install", "-q", *options, *NEEDED], check=True)
     return folder
+
+
+def pack(target: Path, python: str, versions: dict[str, str], scratch: Path) -> None:
+    """One archive for a machine that reaches no index: unpack it and put the folder on the path."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        folder = needed(scratch, python)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.write(path, path.relative_to(folder))
+        for engine, version in versions.items():
+            with zipfile.ZipFile(wheel(engine, version, scratch)) as source:
+                for name in filter(packed, source.namelist()):
+                    archive.writestr(name, source.read(name))
+    print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB for Python {python}")
+
+
+def packed(name: str) -> bool:
+    """The Python files alone, and what SGLang's own compiled-at-run-time kernels include."""
+    return kept(name) and (name.endswith((".py", "METADATA", "entry_points.txt")) or "/jit/" in name)
 
 
 def run(engine: str, version: str, scratch: Path, arguments: list[str]) -> int:
@@ -64,11 +92,18 @@ def run(engine: str, version: str, scratch: Path, arguments: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engines", nargs="*", choices=[*VERSIONS, []], help="default: both")
+    parser.add_argument("engines", nargs="*", metavar="ENGINE[==VERSION]", help="default: both, as tested")
     parser.add_argument("--scratch", type=Path, default=ROOT / ".scratch" / "engines", help="where wheels are unpacked")
+    parser.add_argument("--pack", type=Path, metavar="FILE.zip", help="run nothing: pack what bench_engines.py needs")
+    parser.add_argument("--python", default="3.12", help="of the machine that the archive is for")
     options, arguments = parser.parse_known_args()
+    chosen = [name.partition("==") for name in options.engines or VERSIONS]
+    versions = {name: version or VERSIONS[name] for name, _, version in chosen}
     options.scratch.mkdir(parents=True, exist_ok=True)
-    return max(run(name, VERSIONS[name], options.scratch, arguments) for name in options.engines or VERSIONS)
+    if options.pack:
+        pack(options.pack, options.python, versions, options.scratch)
+        return 0
+    return max(run(name, version, options.scratch, arguments) for name, version in versions.items())
 
 
 if __name__ == "__main__":

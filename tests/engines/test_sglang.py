@@ -65,7 +65,7 @@ def test_chosen_every_place_is_replaced_where_it_is_used(variables, loaded):
     after = suite.functions(plugin)
     assert {row["state"] for row in plugin.report()} == {"replaced"}
     assert not [place.path for place in plugin.places if before[place.path] == after[place.path]]
-    used = ("causal_conv1d_update", "fused_gdn_gating", "fused_qkv_split_gdn_prefill")
+    used = ("causal_conv1d_fn", "causal_conv1d_update", "fused_gdn_gating")
     names = [f"{gdn_backend.__name__}:{name}" for name in used]
     assert all(before[name] != after[name] for name in names)
     assert gdn_backend.TritonGDNKernel.supports_track_state_snapshot is True
@@ -119,7 +119,7 @@ def test_the_tracked_state_is_that_of_sglangs_chunks():
     (case,) = (case for case in CASES if case.place.endswith("TritonGDNKernel.extend"))
     arguments = case.arguments(engine_cases.Inputs(0, torch.device("cpu"), torch.float16))
     theirs, mine = engine_cases.copied(arguments), engine_cases.copied(arguments)
-    _, _, h = case.function()(*theirs[0], **theirs[1])
+    _, _, h = suite.function(plugin, case)(*theirs[0], **theirs[1])
     state = arguments[1]["ssm_states"]
     track = torch.full((3, *state.shape[1:]), torch.nan)
     chunk = torch.tensor([1, -1, 0], dtype=torch.int32)

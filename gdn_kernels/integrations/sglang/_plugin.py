@@ -8,7 +8,7 @@ from typing import Any
 from gdn_kernels.graphs import SPLIT_OPERATORS
 from gdn_kernels.integrations._engines import Plugin, Record, rebind
 
-VERSIONS = ("0.5.23",)
+VERSIONS = ("0.5.22", "0.5.23")
 FLA = "sglang.kernels.ops.attention.fla"
 LINEAR = "sglang.kernels.ops.attention.linear"
 PROJECTIONS = "sglang.kernels.ops.attention.triton_gdn_fused_proj"
@@ -41,7 +41,7 @@ class SGLangPlugin(Plugin):
     def held_by(self, record: Record) -> str | None:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        for kind, hook, source in HookRegistry._hooks.get(record.place.path, ()):
+        for kind, hook, source in HookRegistry._hooks.get(record.path, ()):
             if kind is HookType.REPLACE and hook is not record.replacement:
                 return source.plugin_name if source else getattr(hook, "__module__", "another hook")
         return None
@@ -51,7 +51,7 @@ class SGLangPlugin(Plugin):
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
         for record in records:
-            HookRegistry.register(record.place.path, record.replacement, HookType.REPLACE)
+            HookRegistry.register(record.path, record.replacement, HookType.REPLACE)
         SPLIT_OPS.extend(set(_split_names()) - set(SPLIT_OPS))
         if not self.within_engine:
             HookRegistry.apply_hooks()
@@ -62,7 +62,7 @@ class SGLangPlugin(Plugin):
 
         rebind((getattr(record.owner, record.name), record.original) for record in records)
         for record in records:
-            path = record.place.path
+            path = record.path
             hooks = HookRegistry._hooks.pop(path, [])
             setattr(record.owner, record.name, record.original)
             HookRegistry._patched.discard(path)
@@ -86,7 +86,7 @@ class SGLangPlugin(Plugin):
     def _last_replace(self, record: Record) -> str | None:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        hooks = [hook for hook in HookRegistry._hooks.get(record.place.path, ()) if hook[0] is HookType.REPLACE]
+        hooks = [hook for hook in HookRegistry._hooks.get(record.path, ()) if hook[0] is HookType.REPLACE]
         if not hooks or hooks[-1][1] is record.replacement:
             return None
         return hooks[-1][2].plugin_name if hooks[-1][2] else "another hook"

@@ -7,14 +7,16 @@ import sys
 import torch
 
 from gdn_kernels.integrations import _engine_calls as calls
-from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, LINEAR, PROJECTIONS, plugin
+from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
 from gdn_kernels.ops import conv
 
 #: Kernels that want contiguous q, k and v: imported only where a user has chosen one of them.
 _CONTIGUOUS = tuple(f"sglang.srt.layers.attention.linear.kernels.{name}" for name in ("gdn_flashinfer", "gdn_cutedsl"))
 
 
-@plugin.place(f"{LINEAR}.fused_gdn_gating.fused_gdn_gating", "gating")
+@plugin.place(
+    f"{LINEAR}.fused_gdn_gating.fused_gdn_gating", "gating", also=(f"{FLA}.fused_gdn_gating.fused_gdn_gating",)
+)
 def fused_gdn_gating(A_log, a, b, dt_bias, beta=1.0, threshold=20.0):
     """``(g, beta)``, each ``[1, L, HV]`` fp32; beta is not rounded to the dtype of b."""
     if (beta, threshold) != calls.SOFTPLUS:

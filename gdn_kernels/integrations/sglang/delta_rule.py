@@ -47,6 +47,7 @@ def kernel_packed_decode(
     f"{LINEAR}.fused_sigmoid_gating_recurrent.fused_sigmoid_gating_delta_rule_update",
     "recurrent_gated_delta_rule_paged",
     "recurrent_gated_delta_rule_verify",
+    also=(f"{FLA}.fused_sigmoid_gating_recurrent.fused_sigmoid_gating_delta_rule_update",),
 )
 def fused_sigmoid_gating_delta_rule_update(
     A_log,
