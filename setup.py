@@ -26,6 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gdn_kernels", "gdn_kernels.*"]),
+    package_data={"gdn_kernels.integrations": ["README.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

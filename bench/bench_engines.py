@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "tests" / "engines", ROOT):  # a checkout that is not installed
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "engines"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
 import engine_cases
 import stand_ins
@@ -108,7 +107,7 @@ def run(engine: str, only: str) -> list[Row]:
     stand_ins.install()
     plugin = importlib.import_module(f"gdn_kernels.integrations.{engine}").plugin
     if INTERPRETED:
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
         import settle
         import triton_support
 

@@ -6,6 +6,7 @@ What the places compute is compared with the engines' real functions in ``tests/
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 import torch
 from engine_stand_in import ENGINE, HookType
 
+from gdn_kernels.integrations import __main__ as command
 from gdn_kernels.integrations import _engines
 
 ENGINES = ("sglang", "vllm")
@@ -632,3 +634,23 @@ def test_a_traced_module_with_our_norm_compiles_once_for_all_token_counts(engine
         expected = torch.ops.gdn.layer_norm_gated(x, module.weight, None, z, norm_before_gate=True)
         assert torch.equal(compiled(x, z), expected)
     assert len(graphs) == 1
+
+
+# The command ---------------------------------------------------------------------------------------------------
+
+
+@both
+def test_the_command_says_versions_configurations_and_places(engine, monkeypatch, tmp_path, capsys):
+    plugin, found = stand_in(engine, monkeypatch)
+    other = {"sglang": "vllm", "vllm": "sglang"}[engine]
+    monkeypatch.setitem(sys.modules, other, None)
+    path = place(plugin, ".layernorm_fn").path
+    assert command.main(["--json", str(tmp_path / "found.json")]) == 0
+    found.add(path, engine_stand_in.function(path, inspect.signature(lambda x: None)))
+    assert command.main([engine]) == 1
+    data, text = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    assert data["places"][other] is None and len(data["places"][engine]) == len(plugin.places)
+    assert data["versions"]["torch"] == torch.__version__ and "RecurrentConfig" in data["configurations"]["recurrent"]
+    assert f"{other}: not installed" in text and f"signature differs  {path}" in text and "found (x)" in text
+    with pytest.raises(SystemExit):
+        command.main(["another"])

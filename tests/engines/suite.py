@@ -69,10 +69,9 @@ def compare(plugin: Any, case: engine_cases.EngineCase, dtype: torch.dtype, runs
 def functions(plugin: Any) -> dict[str, int]:
     """Every place, and every import of what stands there, by identity."""
     found = {}
-    places = {place.path: pkgutil.resolve_name(place.path) for place in plugin.places}
-    for path in places:
-        owner, _, name = path.rpartition(".")
-        found[path] = id(inspect.getattr_static(pkgutil.resolve_name(owner), name))
+    for place, record in plugin.examine().items():
+        owner, _, name = record.path.rpartition(".")
+        found[place] = id(inspect.getattr_static(pkgutil.resolve_name(owner), name))
     for module in list(sys.modules.values()):
         if isinstance(module, types.ModuleType) and module.__name__.partition(".")[0] == plugin.package:
             for name, value in list(vars(module).items()):

@@ -5,10 +5,10 @@ Installed beside SGLang it does nothing until it is chosen: by name, ``SGLANG_PL
 place becomes a REPLACE hook. Without the setting the engine is as it was. ``integrations/README.md`` says which places,
 what is left to the engine, and what differs.
 
-Signatures, layouts and null-slot rules (a negative slot is padding) are those of sglang 0.5.22 and 0.5.23. What a place does not
-cover is left to the function that was there. Differences: a padding row is zero where SGLang leaves memory as it was or
-computes from a zero state; the conv of a draft chain leaves the conv pool alone, over which SGLang writes the window
-that is accepted; the splits return views; of a norm's results, mean and rstd are None.
+Signatures, layouts and null-slot rules (a negative slot is padding) are those of sglang 0.5.22 and 0.5.23. A case that
+a place does not cover is left to the function that was there. Differences: a padding row is zero where SGLang leaves
+memory as it was or computes from a zero state; the conv of a draft chain leaves the conv pool alone, over which SGLang
+writes the window that is accepted; the splits return views; of a norm's results, mean and rstd are None.
 
 Public: :func:`register`, :func:`apply`, :func:`restore`, :func:`report`, :func:`examine`.
 """
