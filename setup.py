@@ -26,6 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gdn_kernels", "gdn_kernels.*"]),
+    package_data={"gdn_kernels.integrations": ["README.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -38,5 +39,10 @@ setup(
         "clients": ["fla-core==0.6.0"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
     },
-    entry_points={"console_scripts": ["gdn-kernels=gdn_kernels.__main__:main"]},
+    entry_points={
+        "console_scripts": ["gdn-kernels=gdn_kernels.__main__:main"],
+        # Called by the engines in each of their processes; they do nothing until they are chosen.
+        "sglang.srt.plugins": ["gdn_kernels=gdn_kernels.integrations.sglang:register"],
+        "vllm.general_plugins": ["gdn_kernels=gdn_kernels.integrations.vllm:register"],
+    },
 )

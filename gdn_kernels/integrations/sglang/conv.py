@@ -1,0 +1,232 @@
+"""SGLang's gates, splits of the projections, and convolution."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from gdn_kernels.integrations import _engine_calls as calls
+from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
+from gdn_kernels.ops import conv
+
+#: Kernels that want contiguous q, k and v: imported only where a user has chosen one of them.
+_CONTIGUOUS = tuple(f"sglang.srt.layers.attention.linear.kernels.{name}" for name in ("gdn_flashinfer", "gdn_cutedsl"))
+
+
+@plugin.place(
+    f"{LINEAR}.fused_gdn_gating.fused_gdn_gating", "gating", also=(f"{FLA}.fused_gdn_gating.fused_gdn_gating",)
+)
+def fused_gdn_gating(A_log, a, b, dt_bias, beta=1.0, threshold=20.0):
+    """``(g, beta)``, each ``[1, L, HV]`` fp32; beta is not rounded to the dtype of b."""
+    if (beta, threshold) != calls.SOFTPLUS:
+        return "another softplus"
+    if a.dtype != b.dtype:
+        return "a and b of two dtypes"
+    return torch.ops.gdn.gating(a.unsqueeze(0), b.unsqueeze(0), A_log, dt_bias)
+
+
+@plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat", "split_qkvz_ba")
+def fused_qkvzba_split_reshape_cat(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v):
+    """Interleaved projections: ``mixed_qkv [T, D]``, ``z [T, HV, V]``, ``b`` and ``a`` ``[T, HV]``."""
+    return torch.ops.gdn.split_qkvz_ba(
+        mixed_qkvz,
+        mixed_ba,
+        num_k_heads=num_heads_qk,
+        num_v_heads=num_heads_v,
+        head_k_dim=head_qk,
+        head_v_dim=head_v,
+    )
+
+
+def _columns(mixed_qkvz, mixed_ba, qkv_dim, num_heads_v, head_v):
+    z = mixed_qkvz[:, qkv_dim:].unflatten(1, (num_heads_v, head_v))
+    return mixed_qkvz[:, :qkv_dim], z, mixed_ba[:, :num_heads_v], mixed_ba[:, num_heads_v:]
+
+
+@plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat_contiguous")
+def fused_qkvzba_split_reshape_cat_contiguous(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v):
+    """Projections in the order q, k, v, z and b, a: the four results are views of their columns."""
+    if mixed_ba.shape[1] != 2 * num_heads_v:
+        return "a wider mixed_ba"
+    return _columns(mixed_qkvz, mixed_ba, 2 * num_heads_qk * head_qk + num_heads_v * head_v, num_heads_v, head_v)
+
+
+@plugin.place(f"{PROJECTIONS}.fused_qkv_split_gdn_prefill")
+def fused_qkv_split_gdn_prefill(mixed_qkv, num_q_heads, num_k_heads, num_v_heads, head_q, head_k, head_v):
+    """q, k, v ``[1, T, heads, size]`` as views of ``mixed_qkv``, which the operators read in place."""
+    if any(name in sys.modules for name in _CONTIGUOUS):
+        return "another backend, which wants contiguous q, k, v"
+    q, k, v = mixed_qkv.unsqueeze(0).split([num_q_heads * head_q, num_k_heads * head_k, num_v_heads * head_v], dim=-1)
+    return (
+        q.unflatten(-1, (num_q_heads, head_q)),
+        k.unflatten(-1, (num_k_heads, head_k)),
+        v.unflatten(-1, (num_v_heads, head_v)),
+    )
+
+
+@plugin.place(f"{PROJECTIONS}.fused_qkvzba_causal_conv1d_update_contiguous", "causal_conv1d_update")
+def fused_qkvzba_causal_conv1d_update_contiguous(
+    mixed_qkvz,
+    mixed_ba,
+    conv_state,
+    conv_weight,
+    conv_bias,
+    conv_state_indices,
+    *,
+    qkv_dim,
+    v_dim,
+    num_v_heads,
+    head_v_dim,
+    activation,
+    pad_slot_id=-1,
+):
+    """The conv of a decode step on the first ``qkv_dim`` columns, state in place; z, b and a are views."""
+    why = calls.conv_reason(mixed_qkvz, conv_weight, conv_state, activation)
+    if why is not None:
+        return why
+    mixed_qkv, z, b, a = _columns(mixed_qkvz, mixed_ba, qkv_dim, num_v_heads, head_v_dim)
+    y = conv.causal_conv1d_update(
+        mixed_qkv,
+        conv_weight,
+        conv_bias,
+        calls.conv_window(conv_state, conv_weight.shape[1] - 1),
+        state_indices=conv_state_indices,
+        activation=activation,
+        pad_slot_id=pad_slot_id,
+    )
+    return y, z, b, a
+
+
+@plugin.place(f"{CONV}.causal_conv1d_fn", "causal_conv1d")
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias,
+    conv_states,
+    query_start_loc,
+    seq_lens_cpu,
+    cache_indices=None,
+    has_initial_state=None,
+    activation="silu",
+    pad_slot_id=-1,
+    validate_data=False,
+    block_table=None,
+    **kwargs,
+):
+    """x ``[D, T]`` channel-last; ``conv_states [S, D, W - 1]`` in place. The host's lengths are not needed."""
+    return calls.conv_prefill(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id
+    )
+
+
+@plugin.place(f"{DISPATCH}.causal_conv1d_fn", "causal_conv1d")
+def causal_conv1d_fn_dispatch(
+    x,
+    weight,
+    bias=None,
+    query_start_loc=None,
+    cache_indices=None,
+    has_initial_state=None,
+    conv_states=None,
+    activation="silu",
+    pad_slot_id=-1,
+    **kwargs,
+):
+    """As :func:`causal_conv1d_fn`, from the function that picks CUDA or Triton."""
+    return calls.conv_prefill(
+        x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id
+    )
+
+
+def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad_slot_id):
+    """One or a few tokens a row, x ``[B, D]`` or ``[B, D, T]``, state in place."""
+    width, drafted = weight.shape[1], x.dim() == 3
+    columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
+    y = conv.causal_conv1d_update(
+        x.transpose(1, 2) if drafted else x,
+        weight,
+        bias,
+        calls.conv_window(conv_state, columns),
+        state_indices=indices,
+        num_accepted_tokens=accepted,
+        activation=activation,
+        pad_slot_id=pad_slot_id,
+    )
+    return y.transpose(1, 2) if drafted else y
+
+
+@plugin.place(f"{CONV}.causal_conv1d_update", "causal_conv1d_update", "causal_conv1d_verify")
+def causal_conv1d_update(
+    x,
+    conv_state,
+    weight,
+    bias=None,
+    activation=None,
+    cache_seqlens=None,
+    conv_state_indices=None,
+    num_accept_tokens=None,
+    intermediate_conv_window=None,
+    intermediate_state_indices=None,
+    retrieve_next_token=None,
+    retrieve_next_sibling=None,
+    retrieve_parent_token=None,
+    pad_slot_id=-1,
+    metadata=None,
+    validate_data=False,
+):
+    """Decode, accepted counts, and drafts whose windows go to ``intermediate_conv_window [M, t, D, W - 1]``.
+
+    A tree is left to the engine, whose kernel also works out the parents.
+    """
+    activation = calls.conv_activation(activation)
+    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
+        conv_state_indices=conv_state_indices, intermediate_state_indices=intermediate_state_indices
+    )
+    if why is not None:
+        return why
+    if cache_seqlens is not None:
+        return "a circular state"
+    if retrieve_next_token is not None:
+        return "a tree of drafts: its parents are worked out there"
+    if x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
+        return "a time-last x"
+    if intermediate_conv_window is None:
+        return _conv_update(x, conv_state, weight, bias, activation, conv_state_indices, num_accept_tokens, pad_slot_id)
+    if num_accept_tokens is not None or x.dim() != 3:
+        return "intermediate windows beside accepted counts"
+    y = conv.causal_conv1d_verify(
+        x.transpose(1, 2),
+        weight,
+        bias,
+        calls.conv_window(conv_state, weight.shape[1] - 1),
+        intermediate_conv_window,
+        state_indices=conv_state_indices,
+        intermediate_indices=intermediate_state_indices,
+        activation=activation,
+        pad_slot_id=pad_slot_id,
+    )
+    return y.transpose(1, 2)
+
+
+@plugin.place(f"{DISPATCH}.causal_conv1d_update", "causal_conv1d_update")
+def causal_conv1d_update_dispatch(
+    x,
+    conv_state,
+    weight,
+    bias=None,
+    activation=None,
+    cache_seqlens=None,
+    conv_state_indices=None,
+    pad_slot_id=-1,
+):
+    """As :func:`causal_conv1d_update`, from the function that picks CUDA or Triton."""
+    activation = calls.conv_activation(activation)
+    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(indices=conv_state_indices)
+    if why is not None:
+        return why
+    if cache_seqlens is not None:
+        return "a circular state"
+    if x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
+        return "a time-last x"
+    return _conv_update(x, conv_state, weight, bias, activation, conv_state_indices, None, pad_slot_id)
