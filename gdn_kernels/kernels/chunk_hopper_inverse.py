@@ -42,7 +42,7 @@ ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 _load = chunk_hopper._load
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
-span = gluon.jit(recurrent.span.fn)
+chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
 gate = gluon.jit(_math.gate.fn)
 sigmoid = gluon.jit(_math.sigmoid.fn)
 inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
@@ -51,32 +51,6 @@ inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
 @gluon.jit
 def _add(a, b):
     return a + b
-
-
-@gluon.jit
-def chunk_of(cu_seqlens_ptr, place, N, T):
-    """As chunk_prep.chunk_of, but a warp compares 64 sequences at once: each step of a search waits for memory."""
-    if cu_seqlens_ptr is not None:
-        number = gl.arange(0, C, TOKENS)
-        low = N * 0
-        width = N
-        while width > 1:
-            step = (width + C - 1) // C
-            n = low + number * step
-            known = number * step < width
-            first = gl.load(cu_seqlens_ptr + n, mask=known, other=0).to(gl.int64)
-            first = gl.minimum(gl.maximum(first, 0), first * 0 + T)
-            before = gl.sum((known & (first // C + n <= place)).to(gl.int32), 0)
-            skipped = gl.maximum(before - 1, 0) * step
-            low += skipped
-            width = gl.minimum(width - skipped, step)
-        batch, start, length = span(cu_seqlens_ptr, low.to(gl.int64), T)
-        chunk = place - (start // C + low)
-    else:
-        chunks = (T + C - 1) // C
-        batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
-        chunk = place % chunks
-    return batch, chunk, start, length
 
 
 @gluon.jit
@@ -287,231 +261,8 @@ def hopper_inverse_kernel(
     place = (pid // (HV // heads)).to(gl.int64)
     h = hv0 // (HV // H)
 
-    end = place * 0
     if cu_seqlens_ptr is not None:
         end = gl.load(cu_seqlens_ptr + N).to(gl.int64)
-    if N > 0:
-        batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
-        if (chunk >= 0) & (chunk * C < length):
-            first = start + chunk * C
-            left_over = length - chunk * C
-            gates_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            beta_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            norm_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            # its place is that of A and Y later on
-            k_s = gl.allocate_shared_memory(
-                k_tiles.dtype, [K // STEP, C, STEP], gl.NVMMASharedLayout.get_default_for([C, STEP], k_tiles.dtype)
-            )
-            ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-            mbarrier.init(ready, count=1)
-            fence_async_shared()
-            mbarrier.expect(ready, C * K * 2)
-            first_row = (chunk * C).to(gl.int32)
-            sequence_end = (batch * T + start + length).to(gl.int32)
-            load_rows(k_tiles, sequence_end, length, first_row, h * K, ready, k_s)
-
-            token = gl.arange(0, C, TOKENS)
-            valid = token < left_over
-            g_ptrs = g_ptr + batch * stride_g_b + (first + token) * stride_g_t + hv0
-            beta_ptrs = beta_ptr + batch * stride_beta_b + (first + token) * stride_beta_t + hv0
-            # of the next head, always: they are on their way while this one is worked on
-            g_next = gl.load(g_ptrs, mask=valid, other=0.0)
-            beta_next = gl.load(beta_ptrs, mask=valid, other=0.0)
-
-            norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
-            if USE_QK_L2NORM:
-                row = gl.arange(0, C, gl.SliceLayout(1, LINES))[:, None]
-                column = gl.arange(0, STEP, gl.SliceLayout(0, LINES))[None, :]
-                q_ptrs = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h + row * stride_q_t + column
-                squares = gl.zeros([C, STEP], gl.float32, LINES)
-                for s in gl.static_range(0, K, STEP):
-                    q = gl.load(q_ptrs + s, mask=row < left_over, other=0.0).to(gl.float32)
-                    squares += q * q
-                norm_q = scale * gl.convert_layout(inv_l2norm(gl.sum(squares, 1), L2NORM_EPS), TOKENS)
-
-            A00 = gl.zeros([B, B], gl.float32, RESULT)
-            A10 = gl.zeros([B, B], gl.float32, RESULT)
-            A11 = gl.zeros([B, B], gl.float32, RESULT)
-            A20 = gl.zeros([B, B], gl.float32, RESULT)
-            A21 = gl.zeros([B, B], gl.float32, RESULT)
-            A22 = gl.zeros([B, B], gl.float32, RESULT)
-            A30 = gl.zeros([B, B], gl.float32, RESULT)
-            A31 = gl.zeros([B, B], gl.float32, RESULT)
-            A32 = gl.zeros([B, B], gl.float32, RESULT)
-            A33 = gl.zeros([B, B], gl.float32, RESULT)
-            mbarrier.wait(ready, 0)
-            for s in gl.static_range(K // STEP):
-                k0_s = k_s.index(s).slice(0, B)
-                k1_s = k_s.index(s).slice(16, B)
-                k2_s = k_s.index(s).slice(32, B)
-                k3_s = k_s.index(s).slice(48, B)
-                k1 = k1_s.load(LEFT)
-                k2 = k2_s.load(LEFT)
-                k3 = k3_s.load(LEFT)
-                other = k0_s.permute((1, 0)).load(RIGHT)
-                A00 = mma_v2(k0_s.load(LEFT), other, A00)
-                A10 = mma_v2(k1, other, A10)
-                A20 = mma_v2(k2, other, A20)
-                A30 = mma_v2(k3, other, A30)
-                other = k1_s.permute((1, 0)).load(RIGHT)
-                A11 = mma_v2(k1, other, A11)
-                A21 = mma_v2(k2, other, A21)
-                A31 = mma_v2(k3, other, A31)
-                other = k2_s.permute((1, 0)).load(RIGHT)
-                A22 = mma_v2(k2, other, A22)
-                A32 = mma_v2(k3, other, A32)
-                other = k3_s.permute((1, 0)).load(RIGHT)
-                A33 = mma_v2(k3, other, A33)
-
-            norm_k = gl.full([C], 1.0, gl.float32, TOKENS)
-            if USE_QK_L2NORM:
-                r = gl.arange(0, B, ROWS)[:, None]
-                c = gl.arange(0, B, COLUMNS)[None, :]
-                norm_s.slice(0, B).store(gl.sum(gl.where(r == c, A00, 0.0), 1))
-                norm_s.slice(16, B).store(gl.sum(gl.where(r == c, A11, 0.0), 1))
-                norm_s.slice(32, B).store(gl.sum(gl.where(r == c, A22, 0.0), 1))
-                norm_s.slice(48, B).store(gl.sum(gl.where(r == c, A33, 0.0), 1))
-                norm_k = inv_l2norm(norm_s.load(TOKENS), L2NORM_EPS)
-            if USE_QK_L2NORM:
-                norm_s.store(norm_k)
-                n1 = factor(norm_s, 1, ROWS)[:, None]
-                n2 = factor(norm_s, 2, ROWS)[:, None]
-                n3 = factor(norm_s, 3, ROWS)[:, None]
-                m0 = factor(norm_s, 0, COLUMNS)[None, :]
-                m1 = factor(norm_s, 1, COLUMNS)[None, :]
-                m2 = factor(norm_s, 2, COLUMNS)[None, :]
-                A00 *= factor(norm_s, 0, ROWS)[:, None] * m0
-                A10 *= n1 * m0
-                A11 *= n1 * m1
-                A20 *= n2 * m0
-                A21 *= n2 * m1
-                A22 *= n2 * m2
-                A30 *= n3 * m0
-                A31 *= n3 * m1
-                A32 *= n3 * m2
-                A33 *= n3 * factor(norm_s, 3, COLUMNS)[None, :]
-            a_s = gl.allocate_shared_memory(gl.float16, [12, B, B], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
-            d_s = gl.allocate_shared_memory(gl.float32, [4, B, B], gl.SwizzledSharedLayout(8, 2, 2, [1, 0]))
-            upper_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C], upper_tiles.layout)
-            lower_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C // 2], lower_tiles.layout)
-            d_s.index(0).store(A00)
-            d_s.index(1).store(A11)
-            d_s.index(2).store(A22)
-            d_s.index(3).store(A33)
-            # rounding them to one operand each would leave the errors that the Newton steps take away
-            store_operand(a_s, 0, A10)
-            store_operand(a_s, 1, A20)
-            store_operand(a_s, 2, A21)
-            store_operand(a_s, 3, A30)
-            store_operand(a_s, 4, A31)
-            store_operand(a_s, 5, A32)
-
-            row = gl.arange(0, B, ROWS)[:, None]
-            column = gl.arange(0, B, COLUMNS)[None, :]
-            none = gl.zeros([B, B], gl.int16, RESULT)
-            mask_4 = gl.where((row // 2 != column // 2) & (row // 4 == column // 4), none - 1, none)
-            mask_8 = gl.where((row // 4 != column // 4) & (row // 8 == column // 8), none - 1, none)
-            mask_16 = gl.where(row // 8 != column // 8, none - 1, none)
-            masks = (mask_4, mask_8, mask_16)
-            zeros = gl.zeros([B, B], gl.float32, RESULT)
-
-            for each in range(heads):
-                g = g_next.to(gl.float32)
-                b = beta_next.to(gl.float32)
-                more = valid & (each + 1 < heads)
-                g_next = gl.load(g_ptrs + (each + 1), mask=more, other=0.0)
-                beta_next = gl.load(beta_ptrs + (each + 1), mask=more, other=0.0)
-                if IS_RAW_GATE:
-                    A_log = gl.load(A_log_ptr + hv0 + each).to(gl.float32)
-                    dt_bias = gl.load(dt_bias_ptr + hv0 + each).to(gl.float32)
-                    g = gl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                    b = gl.where(valid, beta_scale * sigmoid(b), 0.0)
-                # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
-                gates = gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add)
-                gates_s.store(gates)
-                beta_s.store(b)
-                head = place * HV + hv0 + each
-                factor_ptrs = factor_ptr + head * (FACTORS * C) + token
-                gl.store(factor_ptrs, gates)
-                gl.store(factor_ptrs + C, gl.exp2(gates) * norm_k)
-                if USE_QK_L2NORM:
-                    gl.store(factor_ptrs + 2 * C, norm_q)
-
-                # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y
-                b3 = factor(beta_s, 3, ROWS)
-                b2 = factor(beta_s, 2, ROWS)
-                c3 = factor(beta_s, 3, COLUMNS)
-                c2 = factor(beta_s, 2, COLUMNS)
-                Y33, Y22 = inverse_blocks(d_s.index(3).load(RESULT), b3, c3, d_s.index(2).load(RESULT), b2, c2, masks)
-                b1 = factor(beta_s, 1, ROWS)
-                b0 = factor(beta_s, 0, ROWS)
-                c1 = factor(beta_s, 1, COLUMNS)
-                c0 = factor(beta_s, 0, COLUMNS)
-                Y11, Y00 = inverse_blocks(d_s.index(1).load(RESULT), b1, c1, d_s.index(0).load(RESULT), b0, c0, masks)
-                c1 = -c1
-                c2 = -c2
-                c3 = -c3
-                Y33_high, Y33_low = split(Y33)
-                Y22_high, Y22_low = split(Y22)
-                Y11_high, Y11_low = split(Y11)
-                Y00_high, Y00_low = split(Y00)
-                R3_high, R3_low = right_pair(Y33_high, Y33_low)
-                R2_high, R2_low = right_pair(Y22_high, Y22_low)
-                R1_high, R1_low = right_pair(Y11_high, Y11_low)
-                y33 = decayed(3, Y33, b3, gates_s, norm_s, USE_QK_L2NORM)
-                y22 = decayed(2, Y22, b2, gates_s, norm_s, USE_QK_L2NORM)
-                y11 = decayed(1, Y11, b1, gates_s, norm_s, USE_QK_L2NORM)
-                y00 = decayed(0, Y00, b0, gates_s, norm_s, USE_QK_L2NORM)
-                # what was written for the head before has been read
-                tma.store_wait(0)
-                dtype: gl.constexpr = upper_s.dtype
-                lower_s.slice(B, B).store(side_by_side(zeros, y33).to(dtype))
-                y11 = side_by_side(zeros, y11).to(dtype)
-
-                A32_high, A32_low = load_operand(a_s, 5)
-                A21_high, A21_low = load_operand(a_s, 2)
-                A10_high, A10_low = load_operand(a_s, 0)
-                sums_2 = add_whole_product(zeros, Y22_high, Y22_low, A32_high, A32_low)
-                sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A21_high, A21_low)
-                sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)
-                Y23 = last_product(sums_2, c3, R3_high, R3_low)
-                Y12 = last_product(sums_1, c2, R2_high, R2_low)
-                Y01 = last_product(sums_0, c1, R1_high, R1_low)
-                y23 = decayed_from(2, 3, Y23, b2, gates_s, norm_s, USE_QK_L2NORM)
-                lower_s.slice(0, B).store(side_by_side(y22, y23).to(dtype))
-                y00 = side_by_side(y00, decayed_from(0, 1, Y01, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
-                y12 = decayed_from(1, 2, Y12, b1, gates_s, norm_s, USE_QK_L2NORM)
-
-                A31_high, A31_low = load_operand(a_s, 4)
-                A20_high, A20_low = load_operand(a_s, 1)
-                Y12_high, Y12_low = split(Y12)
-                Y01_high, Y01_low = split(Y01)
-                sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A31_high, A31_low)
-                sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A20_high, A20_low)
-                sums_1 = add_whole_product(sums_1, Y12_high, Y12_low, A32_high, A32_low)
-                sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A21_high, A21_low)
-                Y13 = last_product(sums_1, c3, R3_high, R3_low)
-                Y02 = last_product(sums_0, c2, R2_high, R2_low)
-                y12 = side_by_side(y12, decayed_from(1, 3, Y13, b1, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
-                upper_s.slice(B, B).store(side_by_side(y11, y12))
-
-                A30_high, A30_low = load_operand(a_s, 3)
-                Y02_high, Y02_low = split(Y02)
-                sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A30_high, A30_low)
-                sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A31_high, A31_low)
-                sums_0 = add_whole_product(sums_0, Y02_high, Y02_low, A32_high, A32_low)
-                Y03 = last_product(sums_0, c3, R3_high, R3_low)
-                y02 = decayed_from(0, 2, Y02, b0, gates_s, norm_s, USE_QK_L2NORM)
-                y02 = side_by_side(y02, decayed_from(0, 3, Y03, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
-                upper_s.slice(0, B).store(side_by_side(y00, y02))
-                fence_async_shared()
-                number = head.to(gl.int32)
-                _store(upper_tiles, [number * (PACKED // C), 0], upper_s)
-                _store(lower_tiles, [number * (PACKED // (C // 2)) + C, 0], lower_s)
-            tma.store_wait(0)
-
-    # last, because it waits for its own load
-    if cu_seqlens_ptr is not None:
         if (place + 1) * C > end:
             rows = gl.arange(0, B, gl.SliceLayout(1, ZEROS))
             columns = gl.arange(0, V, gl.SliceLayout(0, ZEROS))
@@ -521,6 +272,227 @@ def hopper_inverse_kernel(
                 o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + columns[None, :]
                 for each in range(heads):
                     gl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
+
+    if N == 0:
+        return
+    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    if (chunk >= 0) & (chunk * C < length):
+        first = start + chunk * C
+        left_over = length - chunk * C
+        gates_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        beta_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        norm_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        # its place is that of A and Y later on
+        k_s = gl.allocate_shared_memory(
+            k_tiles.dtype, [K // STEP, C, STEP], gl.NVMMASharedLayout.get_default_for([C, STEP], k_tiles.dtype)
+        )
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
+        fence_async_shared()
+        mbarrier.expect(ready, C * K * 2)
+        first_row = (chunk * C).to(gl.int32)
+        sequence_end = (batch * T + start + length).to(gl.int32)
+        load_rows(k_tiles, sequence_end, length, first_row, h * K, ready, k_s)
+
+        token = gl.arange(0, C, TOKENS)
+        valid = token < left_over
+        g_ptrs = g_ptr + batch * stride_g_b + (first + token) * stride_g_t + hv0
+        beta_ptrs = beta_ptr + batch * stride_beta_b + (first + token) * stride_beta_t + hv0
+        # of the next head, always: they are on their way while this one is worked on
+        g_next = gl.load(g_ptrs, mask=valid, other=0.0)
+        beta_next = gl.load(beta_ptrs, mask=valid, other=0.0)
+
+        norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
+        if USE_QK_L2NORM:
+            row = gl.arange(0, C, gl.SliceLayout(1, LINES))[:, None]
+            column = gl.arange(0, STEP, gl.SliceLayout(0, LINES))[None, :]
+            q_ptrs = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h + row * stride_q_t + column
+            squares = gl.zeros([C, STEP], gl.float32, LINES)
+            for s in gl.static_range(0, K, STEP):
+                q = gl.load(q_ptrs + s, mask=row < left_over, other=0.0).to(gl.float32)
+                squares += q * q
+            norm_q = scale * gl.convert_layout(inv_l2norm(gl.sum(squares, 1), L2NORM_EPS), TOKENS)
+
+        A00 = gl.zeros([B, B], gl.float32, RESULT)
+        A10 = gl.zeros([B, B], gl.float32, RESULT)
+        A11 = gl.zeros([B, B], gl.float32, RESULT)
+        A20 = gl.zeros([B, B], gl.float32, RESULT)
+        A21 = gl.zeros([B, B], gl.float32, RESULT)
+        A22 = gl.zeros([B, B], gl.float32, RESULT)
+        A30 = gl.zeros([B, B], gl.float32, RESULT)
+        A31 = gl.zeros([B, B], gl.float32, RESULT)
+        A32 = gl.zeros([B, B], gl.float32, RESULT)
+        A33 = gl.zeros([B, B], gl.float32, RESULT)
+        mbarrier.wait(ready, 0)
+        for s in gl.static_range(K // STEP):
+            k0_s = k_s.index(s).slice(0, B)
+            k1_s = k_s.index(s).slice(16, B)
+            k2_s = k_s.index(s).slice(32, B)
+            k3_s = k_s.index(s).slice(48, B)
+            k1 = k1_s.load(LEFT)
+            k2 = k2_s.load(LEFT)
+            k3 = k3_s.load(LEFT)
+            other = k0_s.permute((1, 0)).load(RIGHT)
+            A00 = mma_v2(k0_s.load(LEFT), other, A00)
+            A10 = mma_v2(k1, other, A10)
+            A20 = mma_v2(k2, other, A20)
+            A30 = mma_v2(k3, other, A30)
+            other = k1_s.permute((1, 0)).load(RIGHT)
+            A11 = mma_v2(k1, other, A11)
+            A21 = mma_v2(k2, other, A21)
+            A31 = mma_v2(k3, other, A31)
+            other = k2_s.permute((1, 0)).load(RIGHT)
+            A22 = mma_v2(k2, other, A22)
+            A32 = mma_v2(k3, other, A32)
+            other = k3_s.permute((1, 0)).load(RIGHT)
+            A33 = mma_v2(k3, other, A33)
+
+        norm_k = gl.full([C], 1.0, gl.float32, TOKENS)
+        if USE_QK_L2NORM:
+            r = gl.arange(0, B, ROWS)[:, None]
+            c = gl.arange(0, B, COLUMNS)[None, :]
+            norm_s.slice(0, B).store(gl.sum(gl.where(r == c, A00, 0.0), 1))
+            norm_s.slice(16, B).store(gl.sum(gl.where(r == c, A11, 0.0), 1))
+            norm_s.slice(32, B).store(gl.sum(gl.where(r == c, A22, 0.0), 1))
+            norm_s.slice(48, B).store(gl.sum(gl.where(r == c, A33, 0.0), 1))
+            norm_k = inv_l2norm(norm_s.load(TOKENS), L2NORM_EPS)
+        if USE_QK_L2NORM:
+            norm_s.store(norm_k)
+            n1 = factor(norm_s, 1, ROWS)[:, None]
+            n2 = factor(norm_s, 2, ROWS)[:, None]
+            n3 = factor(norm_s, 3, ROWS)[:, None]
+            m0 = factor(norm_s, 0, COLUMNS)[None, :]
+            m1 = factor(norm_s, 1, COLUMNS)[None, :]
+            m2 = factor(norm_s, 2, COLUMNS)[None, :]
+            A00 *= factor(norm_s, 0, ROWS)[:, None] * m0
+            A10 *= n1 * m0
+            A11 *= n1 * m1
+            A20 *= n2 * m0
+            A21 *= n2 * m1
+            A22 *= n2 * m2
+            A30 *= n3 * m0
+            A31 *= n3 * m1
+            A32 *= n3 * m2
+            A33 *= n3 * factor(norm_s, 3, COLUMNS)[None, :]
+        a_s = gl.allocate_shared_memory(gl.float16, [12, B, B], gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+        d_s = gl.allocate_shared_memory(gl.float32, [4, B, B], gl.SwizzledSharedLayout(8, 2, 2, [1, 0]))
+        upper_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C], upper_tiles.layout)
+        lower_s = gl.allocate_shared_memory(upper_tiles.dtype, [C // 2, C // 2], lower_tiles.layout)
+        d_s.index(0).store(A00)
+        d_s.index(1).store(A11)
+        d_s.index(2).store(A22)
+        d_s.index(3).store(A33)
+        # rounding them to one operand each would leave the errors that the Newton steps take away
+        store_operand(a_s, 0, A10)
+        store_operand(a_s, 1, A20)
+        store_operand(a_s, 2, A21)
+        store_operand(a_s, 3, A30)
+        store_operand(a_s, 4, A31)
+        store_operand(a_s, 5, A32)
+
+        row = gl.arange(0, B, ROWS)[:, None]
+        column = gl.arange(0, B, COLUMNS)[None, :]
+        none = gl.zeros([B, B], gl.int16, RESULT)
+        mask_4 = gl.where((row // 2 != column // 2) & (row // 4 == column // 4), none - 1, none)
+        mask_8 = gl.where((row // 4 != column // 4) & (row // 8 == column // 8), none - 1, none)
+        mask_16 = gl.where(row // 8 != column // 8, none - 1, none)
+        masks = (mask_4, mask_8, mask_16)
+        zeros = gl.zeros([B, B], gl.float32, RESULT)
+
+        for each in range(heads):
+            g = g_next.to(gl.float32)
+            b = beta_next.to(gl.float32)
+            more = valid & (each + 1 < heads)
+            g_next = gl.load(g_ptrs + (each + 1), mask=more, other=0.0)
+            beta_next = gl.load(beta_ptrs + (each + 1), mask=more, other=0.0)
+            if IS_RAW_GATE:
+                A_log = gl.load(A_log_ptr + hv0 + each).to(gl.float32)
+                dt_bias = gl.load(dt_bias_ptr + hv0 + each).to(gl.float32)
+                g = gl.where(valid, gate(g, A_log, dt_bias), 0.0)
+                b = gl.where(valid, beta_scale * sigmoid(b), 0.0)
+            # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
+            gates = gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add)
+            gates_s.store(gates)
+            beta_s.store(b)
+            head = place * HV + hv0 + each
+            factor_ptrs = factor_ptr + head * (FACTORS * C) + token
+            gl.store(factor_ptrs, gates)
+            gl.store(factor_ptrs + C, gl.exp2(gates) * norm_k)
+            if USE_QK_L2NORM:
+                gl.store(factor_ptrs + 2 * C, norm_q)
+
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
+            b3 = factor(beta_s, 3, ROWS)
+            b2 = factor(beta_s, 2, ROWS)
+            c3 = factor(beta_s, 3, COLUMNS)
+            c2 = factor(beta_s, 2, COLUMNS)
+            Y33, Y22 = inverse_blocks(d_s.index(3).load(RESULT), b3, c3, d_s.index(2).load(RESULT), b2, c2, masks)
+            b1 = factor(beta_s, 1, ROWS)
+            b0 = factor(beta_s, 0, ROWS)
+            c1 = factor(beta_s, 1, COLUMNS)
+            c0 = factor(beta_s, 0, COLUMNS)
+            Y11, Y00 = inverse_blocks(d_s.index(1).load(RESULT), b1, c1, d_s.index(0).load(RESULT), b0, c0, masks)
+            c1 = -c1
+            c2 = -c2
+            c3 = -c3
+            Y33_high, Y33_low = split(Y33)
+            Y22_high, Y22_low = split(Y22)
+            Y11_high, Y11_low = split(Y11)
+            Y00_high, Y00_low = split(Y00)
+            R3_high, R3_low = right_pair(Y33_high, Y33_low)
+            R2_high, R2_low = right_pair(Y22_high, Y22_low)
+            R1_high, R1_low = right_pair(Y11_high, Y11_low)
+            y33 = decayed(3, Y33, b3, gates_s, norm_s, USE_QK_L2NORM)
+            y22 = decayed(2, Y22, b2, gates_s, norm_s, USE_QK_L2NORM)
+            y11 = decayed(1, Y11, b1, gates_s, norm_s, USE_QK_L2NORM)
+            y00 = decayed(0, Y00, b0, gates_s, norm_s, USE_QK_L2NORM)
+            # what was written for the head before has been read
+            tma.store_wait(0)
+            dtype: gl.constexpr = upper_s.dtype
+            lower_s.slice(B, B).store(side_by_side(zeros, y33).to(dtype))
+            y11 = side_by_side(zeros, y11).to(dtype)
+
+            A32_high, A32_low = load_operand(a_s, 5)
+            A21_high, A21_low = load_operand(a_s, 2)
+            A10_high, A10_low = load_operand(a_s, 0)
+            sums_2 = add_whole_product(zeros, Y22_high, Y22_low, A32_high, A32_low)
+            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A21_high, A21_low)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)
+            Y23 = last_product(sums_2, c3, R3_high, R3_low)
+            Y12 = last_product(sums_1, c2, R2_high, R2_low)
+            Y01 = last_product(sums_0, c1, R1_high, R1_low)
+            y23 = decayed_from(2, 3, Y23, b2, gates_s, norm_s, USE_QK_L2NORM)
+            lower_s.slice(0, B).store(side_by_side(y22, y23).to(dtype))
+            y00 = side_by_side(y00, decayed_from(0, 1, Y01, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            y12 = decayed_from(1, 2, Y12, b1, gates_s, norm_s, USE_QK_L2NORM)
+
+            A31_high, A31_low = load_operand(a_s, 4)
+            A20_high, A20_low = load_operand(a_s, 1)
+            Y12_high, Y12_low = split(Y12)
+            Y01_high, Y01_low = split(Y01)
+            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A31_high, A31_low)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A20_high, A20_low)
+            sums_1 = add_whole_product(sums_1, Y12_high, Y12_low, A32_high, A32_low)
+            sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A21_high, A21_low)
+            Y13 = last_product(sums_1, c3, R3_high, R3_low)
+            Y02 = last_product(sums_0, c2, R2_high, R2_low)
+            y12 = side_by_side(y12, decayed_from(1, 3, Y13, b1, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            upper_s.slice(B, B).store(side_by_side(y11, y12))
+
+            A30_high, A30_low = load_operand(a_s, 3)
+            Y02_high, Y02_low = split(Y02)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A30_high, A30_low)
+            sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A31_high, A31_low)
+            sums_0 = add_whole_product(sums_0, Y02_high, Y02_low, A32_high, A32_low)
+            Y03 = last_product(sums_0, c3, R3_high, R3_low)
+            y02 = decayed_from(0, 2, Y02, b0, gates_s, norm_s, USE_QK_L2NORM)
+            y02 = side_by_side(y02, decayed_from(0, 3, Y03, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            upper_s.slice(0, B).store(side_by_side(y00, y02))
+            fence_async_shared()
+            number = head.to(gl.int32)
+            _store(upper_tiles, [number * (PACKED // C), 0], upper_s)
+            _store(lower_tiles, [number * (PACKED // (C // 2)) + C, 0], lower_s)
+        tma.store_wait(0)
 
 
 def heads_of_a_program(chunk_heads, ratio):
