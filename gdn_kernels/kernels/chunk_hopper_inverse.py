@@ -421,7 +421,7 @@ def hopper_inverse_kernel(
             if USE_QK_L2NORM:
                 gl.store(factor_ptrs + 2 * C, norm_q)
 
-            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed; by columns of T, which are rows of Y
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y
             b3 = factor(beta_s, 3, ROWS)
             b2 = factor(beta_s, 2, ROWS)
             c3 = factor(beta_s, 3, COLUMNS)
