@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from typing import Any
 NEVER = {"torch", "triton", "numpy", "sglang", "vllm", "gdn_kernels", "libtpu", "tpu_inference", "amdsmi", "pynvml"}
 #: Names with double underscores that engines read of what they import; others mean that Python asks for a protocol.
 ASKED_FOR = ("__class_validators__", "__file__", "__version__")
+#: An engine's own compiled modules, which a GPU's platform imports and a package without its .so files lacks.
+COMPILED = re.compile(r"vllm\._\w*C(_\w+)?|vllm\._\w+_C")
 #: What was stood in for, in the order of import.
 STOOD_IN: list[str] = []
 
@@ -99,6 +102,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         top = name.partition(".")[0]
+        if COMPILED.fullmatch(name):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
         if top in sys.stdlib_module_names or top.startswith("_") or (top in NEVER and name not in self.within):
             return None
         if "." in name and not isinstance(sys.modules.get(top), _Module):
@@ -123,7 +128,24 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def install(within: tuple[str, ...] = ()) -> None:
-    """Stand in for missing modules; ``within`` names modules of an engine itself that do not load here."""
+class Instead(Finder):
+    """Before all others: an inert module even where the library is installed."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(())
+        self.names = names
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in self.names:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+
+def install(within: tuple[str, ...] = (), instead: tuple[str, ...] = ()) -> None:
+    """Stand in for missing modules; ``within`` names modules of an engine itself that do not load here, ``instead``
+    libraries that are installed without what they need, so that an engine's imports of them fail."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Instead(instead))
         sys.meta_path.append(Finder(within))
