@@ -64,7 +64,8 @@ def causal_conv1d(
         ``[T, D]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as ``contracts.causal_conv1d`` lists.
+        TypeError, ValueError, NotImplementedError: as ``contracts.causal_conv1d`` lists. NotImplementedError also where
+            an input requires a gradient: torch takes no autograd formula for an operator that writes ``conv_state``.
     """
     return torch.ops.gdn.causal_conv1d(
         x,

@@ -39,11 +39,13 @@ def define(
     module: str | None = None,
     call: Call | None = None,
     adapter: Adapter | None = None,
+    backward: Call | None = None,
 ) -> None:
     """Register ``schema`` under ``gdn``; ``contracts`` holds its checks under its name.
 
     With ``module``, ``reference/<module>.py`` and ``kernels/<module>.py`` hold its CPU and GPU implementation under its
-    name, and GPU calls are recorded and replayed by their signature; else ``call`` is both.
+    name, and GPU calls are recorded and replayed by their signature; else ``call`` is both. ``backward``, of
+    ``reference/backward.py``, makes it differentiable in its positional arguments, which then are all tensors.
     """
     name = schema[: schema.index("(")]
     check: Call = getattr(contracts, name)
@@ -70,7 +72,23 @@ def define(
     torch.library.register_fake(f"gdn::{name}", checked(fake), lib=library)
     library.impl(name, on_cpu, "CPU")
     library.impl(name, on_gpu, "CUDA")
+    if backward is not None:
+        torch.library.register_autograd(f"gdn::{name}", _gradients(backward), setup_context=_keep, lib=library)
     OPERATORS.append(name)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _gradients(backward: Call) -> Call:
+    def gradients(ctx: Any, *grads: torch.Tensor) -> Any:
+        inputs, given = ctx.saved_tensors, len(ctx.needs_input_grad)  # the dispatcher drops trailing defaults
+        needs = (*ctx.needs_input_grad, *[False] * (len(inputs) - given))
+        return backward(grads, inputs, needs, **ctx.options)[:given]
+
+    return gradients
 
 
 def _lazy_kernel(module: str, name: str) -> Call:
