@@ -1,0 +1,300 @@
+"""transformers' Qwen3-Next and Qwen3.5 with and without the operators: the same numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[clients]'")
+
+import gdn_kernels.integrations.transformers as gdn  # noqa: E402
+
+PROMPT, NEW, PADDED = 70, 64, 23
+TOLERANCE = 1e-4  # of logits of order one, fp32
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,  # the fourth is full attention
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+MODELS = {
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", {**SIZES, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", SIZES),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", {**SIZES, **EXPERTS}),
+}
+
+
+def build(family: str = "qwen3_next", **changes):
+    config, model, sizes = MODELS[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, model)(getattr(transformers, config)(**{**sizes, **changes})).eval()
+    for layer in mixers(model):  # as trained: gates that differ, a norm's weight that is not one
+        torch.nn.init.normal_(layer.dt_bias)
+        torch.nn.init.normal_(layer.norm.weight, 1.0, 0.2)
+    return model
+
+
+def mixers(model) -> list:
+    return [module for module in model.modules() if type(module).__name__ in gdn.FAMILIES.values()]
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two prompts, the second padded on the left."""
+    tokens = torch.randint(1, 128, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    tokens[1, :PADDED] = mask[1, :PADDED] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small spend their time in the threads' barriers: a minute a model beside another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    gdn.restore()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def expected(request):
+    """A model and what it gives on the library's own code: logits of the prompts, then greedy tokens from a cache."""
+    model = build(request.param)
+    with torch.no_grad():
+        return model, model(**batch()).logits, generate(model)
+
+
+def generate(model, **options) -> torch.Tensor:
+    found = model.generate(**batch(), max_new_tokens=NEW, do_sample=False, **options)
+    return found[:, PROMPT:]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    difference = (found - wanted).abs().max().item()
+    print(f"largest difference {difference:.2e} of {TOLERANCE:.0e}, largest logit {wanted.abs().max():.2f}")
+    assert difference <= TOLERANCE
+
+
+def kept(logits: torch.Tensor) -> torch.Tensor:
+    """Without the padded positions, whose logits nobody reads."""
+    return logits[batch()["attention_mask"].bool()]
+
+
+def test_logits_and_greedy_tokens_are_the_librarys(expected):
+    model, logits, tokens = expected
+    gdn.apply()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        close(kept(model(**batch()).logits), kept(logits))
+        assert torch.equal(generate(model), tokens)
+    calls = gdn._calls[type(mixers(model)[0]).__name__]
+    assert sum(calls.values()) == 3 * (2 + NEW - 1) and not any("own code" in what for what in calls)
+
+
+def test_cached_decode_logits_step_by_step(expected):
+    model, _, tokens = expected
+    inputs = batch()
+    gdn.apply()
+    ours = steps(model, inputs, tokens[:, :8])
+    gdn.restore()
+    close(ours, steps(model, inputs, tokens[:, :8]))
+
+
+def after(cache) -> dict:
+    """The cache as an argument of a model's forward, by its name in the installed version."""
+    parameters = inspect.signature(transformers.Qwen3NextForCausalLM.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
+
+
+@torch.no_grad()
+def steps(model, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, at: tuple[int, ...] = ()) -> torch.Tensor:
+    """Logits of ``tokens`` one by one after a prefill; before those of ``at`` the operators are switched on or off."""
+    out = model(**inputs, use_cache=True)
+    mask, logits = inputs["attention_mask"], [out.logits[:, -1]]
+    for i in range(tokens.shape[1]):
+        if i in at:
+            (gdn.restore if gdn._replaced else gdn.apply)()
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        out = model(tokens[:, i : i + 1], attention_mask=mask, **after(out.past_key_values))
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def test_a_cache_passes_between_the_library_and_the_operators():
+    model, inputs = build(), batch()
+    tokens = torch.randint(1, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+    wanted = steps(model, inputs, tokens)
+    close(steps(model, inputs, tokens, at=(2, 5)), wanted)  # the library's, ours, the library's
+    assert not gdn._replaced
+    gdn.apply()
+    close(steps(model, inputs, tokens, at=(3, 6)), wanted)
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_continues_from_the_cache():
+    model, inputs = build(), batch()
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole = model(**inputs).logits
+    gdn.apply()
+    cache, logits = None, []
+    for start, end in ((0, 40), (40, 42), (42, 43), (43, PROMPT)):  # fewer tokens than the conv is wide, and one
+        out = model(tokens[:, start:end], attention_mask=mask[:, :end], **after(cache))
+        cache = out.past_key_values
+        logits.append(out.logits)
+    close(kept(torch.cat(logits, 1)), kept(whole))
+
+
+def test_beam_search_reorders_the_states():
+    model = build()
+    options = {"num_beams": 2, "max_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(**batch(), **options)
+    gdn.apply()
+    assert torch.equal(model.generate(**batch(), **options), wanted)
+
+
+def test_decode_updates_the_cached_state_in_place():
+    model, inputs = build(), batch()
+    gdn.apply()
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        state = cache.layers[0].recurrent_states[0]
+        assert state.shape == (2, 4, 64, 64) and state.transpose(2, 3).is_contiguous()
+        before, pointer = state.clone(), state.data_ptr()
+        model(inputs["input_ids"][:, :1], **after(cache))
+    assert cache.layers[0].recurrent_states[0].data_ptr() == pointer and not torch.equal(state, before)
+
+
+@torch.no_grad()
+def test_packed_sequences_are_kept_apart():
+    layer = mixers(build())[0]
+    hidden = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(3))
+    offsets = torch.tensor([0, 11, 30], dtype=torch.int32)
+    wanted = torch.cat([layer(hidden[:, :11]), layer(hidden[:, 11:])], 1)
+    gdn.apply()
+    close(layer(hidden, cu_seq_lens_q=offsets), wanted)
+
+
+def test_restore_puts_back_the_same_functions():
+    classes = gdn._classes()
+    before = [vars(cls)["forward"] for cls in classes]
+    gdn.apply()
+    gdn.apply()  # no effect
+    assert all(vars(cls)["forward"] is not old for cls, old in zip(classes, before, strict=True))
+    gdn.restore()
+    gdn.restore()  # no effect
+    assert all(vars(cls)["forward"] is old for cls, old in zip(classes, before, strict=True))
+
+
+def test_restore_refuses_where_other_code_has_replaced_a_function_again(monkeypatch):
+    gdn.apply()
+    cls = next(iter(gdn._replaced))
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", lambda self: None)
+        with pytest.raises(RuntimeError, match="forward must be the one that apply"):
+            gdn.restore()
+        assert len(gdn._replaced) == len(gdn.FAMILIES)
+
+
+def test_report_says_what_ran():
+    assert "apply() was not called" in gdn.report()
+    gdn.apply()
+    model = build()  # after apply()
+    assert gdn.report().count("not called yet") == len(gdn.FAMILIES)
+    with torch.no_grad():
+        model(**batch())
+    assert "3 x prefill on cpu: split_qkvz_ba, causal_conv1d, chunk_gated_delta_rule, layer_norm_gated" in gdn.report()
+    assert "modeling_qwen3_next.Qwen3NextGatedDeltaNet.forward: gdn_kernels" in gdn.report()
+
+
+def test_a_required_gradient_falls_back_with_one_warning():
+    model, inputs = build(), batch()
+    wanted = gradients(model, inputs)
+    gdn.apply()
+    with pytest.warns(RuntimeWarning, match="own code, not gdn_kernels: a gradient is required") as caught:
+        found = gradients(model, inputs)
+        gradients(model, inputs)
+    assert len([w for w in caught if "gdn_kernels" in str(w.message)]) == 1
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert "6 x transformers' own code: a gradient is required" in gdn.report()
+
+
+def gradients(model, inputs) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return [parameter.grad.clone() for layer in mixers(model) for parameter in layer.parameters()]
+
+
+def test_sizes_without_a_kernel_fall_back_with_a_warning():
+    model, inputs = build(linear_key_head_dim=32), batch()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        gdn.apply()
+        with pytest.warns(RuntimeWarning, match=r"head_k_dim must be one of \(64, 128, 256\), got 32"):
+            assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+def test_the_mixer_compiles_to_one_graph():
+    layer = mixers(build("qwen3_5"))[0]
+    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    wanted = layer(hidden)
+    gdn.apply()
+    close(torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden), wanted)
+
+
+class Changed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_k_heads = 1
+
+    def forward(self, hidden_states, state):
+        return hidden_states
+
+
+@pytest.mark.parametrize("content", [{}, {"Qwen3_5GatedDeltaNet": Changed}], ids=["no-class", "another-form"])
+def test_a_version_without_the_expected_classes_is_refused_whole(monkeypatch, content):
+    classes = gdn._classes()
+    before = [vars(cls)["forward"] for cls in classes]
+    name = "transformers.models.qwen3_5.modeling_qwen3_5"
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(RuntimeError, match=r"transformers must be a version .* 5\.17\.0 to .*, got .*: .*Qwen3_5Gated"):
+        gdn.apply()
+    assert not gdn._replaced
+    assert all(vars(cls)["forward"] is old for cls, old in zip(classes, before, strict=True))
+
+
+def test_a_copied_model_is_served_too():
+    model, inputs = build(), batch()
+    gdn.apply()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        assert torch.equal(copy.deepcopy(model)(**inputs).logits, wanted)
