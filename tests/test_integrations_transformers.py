@@ -292,6 +292,13 @@ def test_a_version_without_the_expected_classes_is_refused_whole(monkeypatch, co
     assert all(vars(cls)["forward"] is old for cls, old in zip(classes, before, strict=True))
 
 
+def test_a_version_without_the_library_functions_is_refused_whole(monkeypatch):
+    monkeypatch.delattr("transformers.integrations.accelerate.force_accelerate_hooks")
+    with pytest.raises(RuntimeError, match="has no force_accelerate_hooks"):
+        gdn.apply()
+    assert not gdn._replaced
+
+
 def test_a_copied_model_is_served_too():
     model, inputs = build(), batch()
     gdn.apply()

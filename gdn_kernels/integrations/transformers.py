@@ -69,10 +69,8 @@ def apply() -> None:
     if _replaced:
         return
     found = _classes()
-    from transformers.integrations.accelerate import force_accelerate_hooks
-
     # weights that are read without a call of their module are loaded where accelerate has offloaded them
-    mixer = force_accelerate_hooks(["conv1d", "norm"])(_mixer)
+    mixer = _accelerate().force_accelerate_hooks(["conv1d", "norm"])(_mixer)
     for cls in found:
         original = vars(cls)["forward"]
         _calls[cls.__name__] = collections.Counter()
@@ -114,6 +112,10 @@ def report() -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def _accelerate() -> Any:
+    return importlib.import_module("transformers.integrations.accelerate")
+
+
 def _classes() -> list[type]:
     """The mixer classes of the installed version, each of the form that :func:`_mixer` serves."""
     import transformers
@@ -133,6 +135,11 @@ def _classes() -> list[type]:
         else:
             found.append(cls)
             wrong += [f"{name} {difference}" for difference in _differences(cls)]
+    if not hasattr(_accelerate(), "force_accelerate_hooks"):
+        wrong.append(f"{_accelerate().__name__} has no force_accelerate_hooks")
+    states = getattr(importlib.import_module("transformers.cache_utils"), "LinearAttentionCacheLayerMixin", None)
+    if states is None or "number_of_states" not in inspect.signature(states).parameters:
+        wrong.append("its cache has no numbered states of linear attention")
     if not found and not wrong:
         wrong.append(f"it has none of {', '.join(FAMILIES)}")
     if wrong:
