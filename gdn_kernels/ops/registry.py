@@ -41,13 +41,15 @@ def define(
     call: Call | None = None,
     adapter: Adapter | None = None,
     backward: Call | None = None,
+    keep: Call | None = None,
 ) -> None:
     """Register ``schema`` under ``gdn``; ``contracts`` holds its checks under its name.
 
     With ``module``, ``reference/<module>.py`` and ``kernels/<module>.py`` hold its CPU and GPU implementation under its
     name, and GPU calls are recorded and replayed by their signature; else ``call`` is both. ``backward``, of
     ``reference/backward.py``, makes it differentiable in its positional arguments, which then are all tensors; it takes
-    the gradients of the results, these arguments, which of their gradients are asked for, and the options.
+    the gradients of the results, these arguments, which of their gradients are asked for, and the options. ``keep``
+    gives the arguments as ``backward`` needs them, before any is written; one that is written has no gradient.
     """
     name = schema[: schema.index("(")]
     check: Call = getattr(contracts, name)
@@ -76,12 +78,14 @@ def define(
     library.impl(name, on_gpu, "CUDA")
     if backward is not None:
         implementations = {DispatchKey.CPU: on_cpu, DispatchKey.CUDA: on_gpu}
-        differentiable = _differentiable(getattr(torch.ops.gdn, name).default, implementations, backward)
+        differentiable = _differentiable(getattr(torch.ops.gdn, name).default, implementations, check, backward, keep)
         library.impl(name, differentiable, "Autograd", with_keyset=True)
     OPERATORS.append(name)
 
 
-def _differentiable(operator: Any, implementations: dict[Any, Call], backward: Call) -> Call:
+def _differentiable(
+    operator: Any, implementations: dict[Any, Call], check: Call, backward: Call, keep: Call | None
+) -> Call:
     """What runs at the Autograd key: where an input requires a gradient, the operator with ``backward``, else without.
 
     ``torch.library.register_autograd`` does the same, and costs 10 us a call that needs no gradient: it enters a guard
@@ -92,10 +96,11 @@ def _differentiable(operator: Any, implementations: dict[Any, Call], backward: C
     arguments = operator._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
     positional = len(arguments) - len(defaults)
+    written = {i: a.name for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write}
     known: dict[int, Call | None] = {}
 
     def next_stop(keyset: Any) -> Call | None:
-        # ADInplaceOrView has nothing to do for an operator that writes no argument
+        # ADInplaceOrView has nothing to do: nothing is registered there
         left = (keyset & below).remove(DispatchKey.ADInplaceOrView)
         known[keyset.raw_repr()] = found = implementations.get(left.highestPriorityTypeId())
         return found
@@ -104,8 +109,11 @@ def _differentiable(operator: Any, implementations: dict[Any, Call], backward: C
         @staticmethod
         def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: torch.Tensor | None) -> Any:
             # the dispatcher leaves out what equals its default
-            ctx.save_for_backward(*inputs, *[None] * (positional - len(inputs)))
-            ctx.options = defaults | options
+            kept, ctx.options = (*inputs, *[None] * (positional - len(inputs))), defaults | options
+            if keep is not None:
+                check(*kept, **ctx.options)
+                kept = keep(*kept, **ctx.options)
+            ctx.save_for_backward(*kept)
             return operator.redispatch(keyset & below, *inputs, **options)
 
         @staticmethod
@@ -119,6 +127,8 @@ def _differentiable(operator: Any, implementations: dict[Any, Call], backward: C
         if torch.is_grad_enabled():
             for x in inputs:
                 if x is not None and x.requires_grad:
+                    for position, argument in written.items():
+                        contracts.written(operator.name(), argument, inputs[position])
                     return Differentiable.apply(keyset, options, *inputs)
         raw = keyset.raw_repr()
         implementation = known[raw] if raw in known else next_stop(keyset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gdn_kernels.reference._math import SOFTPLUS_THRESHOLD, compute_dtype
@@ -48,6 +49,87 @@ def gating(grads: Inputs, inputs: Inputs, needs: Sequence[bool], *, beta_scale: 
     da = decay * torch.where(above, 1.0, torch.sigmoid(x)) * dg
     db = beta_scale * strength * (1 - strength) * dbeta
     return _like([da, db, _sum_rows(decay * softplus * dg), _sum_rows(da)], inputs)
+
+
+def joined(x: Tensor, windows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each sequence's window before its tokens: x ``[T, D]``, windows ``[N, C, D]``, offsets ``[N + 1]`` int64.
+
+    Returns ``[T + N * C, D]``, the rows there of the tokens ``[T]`` and of the windows ``[N * C]``, and for each token
+    how many offsets lie before or at it: 0 or N + 1 for tokens of no sequence, which stand at the ends.
+    """
+    count, columns = windows.shape[:2]
+    index = torch.arange(x.shape[0], device=x.device)
+    begun = torch.searchsorted(offsets, index, right=True)
+    rows = index + columns * begun.clamp(max=count)
+    starts = offsets[:-1] + columns * torch.arange(count, device=x.device)
+    window_rows = (starts[:, None] + torch.arange(columns, device=x.device)).flatten()
+    whole = x.new_zeros(x.shape[0] + count * columns, x.shape[1])
+    whole = whole.index_copy(0, rows, x).index_copy(0, window_rows, windows.flatten(0, 1))
+    return whole, rows, window_rows, begun
+
+
+def causal_conv1d_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    activation: str | None,
+    pad_slot_id: int,
+) -> tuple[Tensor | None, ...]:
+    """What the backward needs, before the pool is written: x, weight, bias, the window ``[N, W - 1, D]`` that each
+    sequence starts from, cu_seqlens, and ``[N]`` whether it has a slot."""
+    count, slots = cu_seqlens.shape[0] - 1, conv_state.shape[0]
+    index = torch.arange(count, device=x.device) if state_indices is None else state_indices.long()
+    has_slot = (index >= 0) & (index < slots) & (index != pad_slot_id)
+    kept = has_slot if has_initial_state is None else has_slot & has_initial_state
+    if slots == 0:
+        windows = conv_state.new_zeros(count, *conv_state.shape[:0:-1])
+    else:
+        windows = conv_state[index.clamp(0, slots - 1)].transpose(1, 2).masked_fill(~kept[:, None, None], 0)
+    return x, weight, bias, windows, cu_seqlens, has_slot
+
+
+def causal_conv1d(
+    grads: Inputs,
+    inputs: Inputs,
+    needs: Sequence[bool],
+    *,
+    state_indices: Tensor | None,
+    has_initial_state: Tensor | None,
+    activation: str | None,
+    pad_slot_id: int,
+) -> Gradients:
+    """u[t] = bias + sum_j w_j x[t - (W - 1) + j], y = act(u): du = act'(u) dy, dx[t] = sum_j w_j du[t + (W - 1) - j],
+    dw_j = sum_t du[t] x[t - (W - 1) + j], dbias = sum_t du[t]. ``inputs`` are those of ``causal_conv1d_inputs``.
+
+    All sequences at once: with each one's window before its tokens no sum over columns reaches into another.
+    """
+    x, weight, bias, windows, cu_seqlens, has_slot = inputs
+    dtype, last = compute_dtype(x), weight.shape[1] - 1
+    columns, rows, _, begun = joined(x.to(dtype), windows.to(dtype), cu_seqlens.long())
+    # tokens that are padding may hold anything, and their output is zero
+    padding = ~F.pad(has_slot, (1, 1))[begun][:, None]
+    columns = columns.index_copy(0, rows, columns[rows].masked_fill(padding, 0))
+    du = torch.zeros_like(columns).index_copy(0, rows, grads[0].to(dtype).masked_fill(padding, 0))
+    taps = weight.to(dtype).unbind(1)
+    before = [F.pad(columns, (0, 0, last - j, 0))[: columns.shape[0]] for j in range(last + 1)]
+    if activation is not None:
+        u = sum(column * tap for column, tap in zip(before, taps, strict=True))
+        u = u if bias is None else u + bias.to(dtype)
+        s = torch.sigmoid(u)
+        du = du * s * (1 + u * (1 - s))
+    dx = dweight = dbias = None
+    if needs[0]:
+        dx = sum(F.pad(du, (0, 0, 0, last - j))[last - j :] * tap for j, tap in enumerate(taps))[rows]
+    if needs[1]:
+        dweight = torch.stack([(du * column).sum(0) for column in before], 1)
+    if needs[2]:
+        dbias = du.sum(0)
+    return *_like([dx, dweight, dbias], inputs[:3]), None, None
 
 
 def layer_norm_gated(
