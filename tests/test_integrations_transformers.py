@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import inspect
 import sys
+import threading
 import types
 import warnings
 
@@ -14,6 +17,24 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[clients]'")
 
 import gdn_kernels.integrations.transformers as gdn  # noqa: E402
+
+
+def import_without(*names: str) -> None:
+    """The models of transformers on its own code: as it imports them, it takes FLA's functions where FLA is installed,
+    and those have no CPU implementation."""
+    kept = {name: sys.modules.get(name) for name in names}
+    sys.modules.update(dict.fromkeys(names))
+    try:
+        for family in gdn.FAMILIES:
+            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    finally:
+        for name, module in kept.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+import_without("fla", "causal_conv1d")
 
 PROMPT, NEW, PADDED = 70, 64, 23
 TOLERANCE = 1e-4  # of logits of order one, fp32
@@ -201,6 +222,120 @@ def test_packed_sequences_are_kept_apart():
     close(layer(hidden, cu_seq_lens_q=offsets), wanted)
 
 
+def hooked(layer) -> None:
+    """What accelerate's ``add_hook_to_module`` does to a module of a model that it spreads over devices."""
+    layer._old_forward = layer.forward
+    layer.forward = functools.partial(lambda module, *args, **kwargs: module._old_forward(*args, **kwargs), layer)
+
+
+def test_modules_that_accelerate_has_hooked_are_served_and_restored():
+    early, late, inputs = build(), build(), batch()
+    original = type(mixers(early)[0]).forward
+    for layer in mixers(early):
+        hooked(layer)
+    with torch.no_grad():
+        wanted = early(**inputs).logits
+        gdn.apply()
+        for layer in mixers(late):
+            hooked(layer)
+        close(kept(early(**inputs).logits), kept(wanted))
+        close(kept(late(**inputs).logits), kept(wanted))
+        assert "6 x prefill on cpu" in gdn.report()
+        gdn.restore()
+        for layer in mixers(early) + mixers(late):
+            assert layer._old_forward.__func__ is original and layer._old_forward.__self__ is layer
+        assert torch.equal(early(**inputs).logits, wanted)
+
+
+def test_a_model_compiled_before_is_served_after():
+    layer = mixers(build("qwen3_5"))[0]
+    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        wanted = compiled(hidden)
+        gdn.apply()
+        assert "compiled" not in gdn.report()
+        close(compiled(hidden), wanted)
+        assert "compiled: prefill on cpu: causal_conv1d, chunk_gated_delta_rule" in gdn.report()
+
+
+def test_a_compiled_fallback_is_told_and_reported():
+    layer = mixers(build("qwen3_5", linear_key_head_dim=32))[0]
+    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    gdn.apply()
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="own code, not gdn_kernels: head_k_dim must be"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden)
+    assert "compiled: transformers' own code: head_k_dim must be" in gdn.report()
+
+
+def test_threads_may_run_while_the_operators_are_switched():
+    model, inputs, failures = build(), batch(), []
+    with torch.no_grad():
+        wanted = kept(model(**inputs).logits)
+    done = threading.Event()
+
+    def run() -> None:
+        with torch.no_grad():  # of this thread
+            while not done.is_set():
+                try:
+                    close(kept(model(**inputs).logits), wanted)
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        gdn.apply()
+        gdn.report()
+        gdn.restore()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@torch.no_grad()
+def test_autocast_takes_the_dtype_of_the_projections():
+    model, inputs = build(), batch()
+    wanted = model(**inputs).logits
+    gdn.apply()
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = model(**inputs).logits
+    assert cosine(kept(found), kept(wanted)) > 0.999
+    with pytest.warns(RuntimeWarning, match="the dtype must be .* got torch.float64"):
+        mixers(model.double())[0](torch.randn(1, 3, 64).double())
+
+
+def cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(found.flatten().double(), wanted.flatten().double(), dim=0).item()
+
+
+def test_a_cache_of_another_kind_is_left_to_the_library():
+    model, inputs = build(), batch()
+    gdn.apply()
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="the cache has no states of linear attention"):
+        with pytest.raises((ValueError, IndexError, AttributeError)):  # the library's own, which differs by version
+            model(**inputs, **after(transformers.DynamicCache()))
+
+
+@torch.no_grad()
+def test_a_prefill_leaves_the_states_that_the_librarys_does():
+    model, inputs = build(), batch()
+    for length in (2, 3, 4, PROMPT):  # shorter and longer than the window
+        piece = {name: tensor[:, :length] for name, tensor in inputs.items()}
+        wanted = model(**piece, use_cache=True).past_key_values.layers[0]
+        gdn.apply()
+        found = model(**piece, use_cache=True).past_key_values.layers[0]
+        gdn.restore()
+        assert found.conv_states[0].shape == wanted.conv_states[0].shape
+        assert found.recurrent_states[0].dtype is wanted.recurrent_states[0].dtype
+        close(found.conv_states[0], wanted.conv_states[0])
+        close(found.recurrent_states[0], wanted.recurrent_states[0])
+
+
 def test_restore_puts_back_the_same_functions():
     classes = gdn._classes()
     before = [vars(cls)["forward"] for cls in classes]
@@ -220,6 +355,14 @@ def test_restore_refuses_where_other_code_has_replaced_a_function_again(monkeypa
         with pytest.raises(RuntimeError, match="forward must be the one that apply"):
             gdn.restore()
         assert len(gdn._replaced) == len(gdn.FAMILIES)
+        assert gdn.report().count("replaced since apply() by") == 1
+
+
+def test_without_the_library_apply_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers must be installed, 5\.17\.0 to .*pip install"):
+        gdn.apply()
+    assert not gdn._replaced
 
 
 def test_report_says_what_ran():

@@ -50,6 +50,17 @@ def test_no_result_aliases_an_input(name):
         assert result is None or not result.numel() or result.untyped_storage().data_ptr() not in inputs
 
 
+@pytest.mark.parametrize("name", IDS)
+def test_autocast_on_a_cpu_changes_nothing(name):
+    call, again = call_of(name), call_of(name)
+    wanted = results(call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(again)
+    for result, expected in zip(found, wanted, strict=True):
+        assert result.dtype is expected.dtype
+        assert torch.equal(result.double().nan_to_num(), expected.double().nan_to_num())
+
+
 HAVE_BACKWARD = ("layer_norm_gated", "l2norm", "gating", "causal_conv1d")  # tests/test_autograd.py
 REFUSING = [name for name in OPERATORS if name not in ("linear_attention_with_output", *HAVE_BACKWARD)]
 

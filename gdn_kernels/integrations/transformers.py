@@ -2,19 +2,23 @@
 
 ``apply()`` replaces one place for each family that the installed version has: ``forward`` of its Gated Delta Net class,
 looked up by every module at its call, so models built before and after it are served alike. ``restore()`` puts the
-library's function back. ``report()`` says what runs in each place.
+library's function back. ``report()`` says what runs in each place. transformers is imported by ``apply()``, not here.
 
 The library's cache stays in use and stays readable by its own code: the conv state ``[B, D, W]`` and the recurrent
-state ``[B, HV, K, V]``. The latter is a transposed view of ``[B, HV, V, K]``, which the decode kernel updates in place.
-Only the last W - 1 columns of a conv state are kept up in decode: nothing reads the first.
+state ``[B, HV, K, V]``. The latter is a transposed view of ``[B, HV, V, K]``, which the decode kernel updates in place;
+a state in another layout (the library's own prefill leaves one, and so does the reordering of a beam search) is copied
+there and back at each token. Of a conv state, decode keeps up only the last W - 1 columns: nothing reads the first.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import gc
 import importlib
 import inspect
+import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,16 +44,20 @@ VERSIONS = "5.17.0 to 5.24.0"
 
 _SIZES = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel_size", "layer_idx", "activation")
 _WEIGHTS = ("conv1d", "dt_bias", "A_log", "norm", "out_proj")
+_NORM = ("weight", "variance_epsilon", "activation")
 _FUSED = ("in_proj_qkvz", "in_proj_ba")
 _SPLIT = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
 PREFILL = "causal_conv1d, chunk_gated_delta_rule, layer_norm_gated"
 DECODE = "decode_step"
 
-#: Class -> the library's function and the one in its place; what ran there, since ``apply()``; reasons told.
+#: Class -> the library's function and the one in its place.
 _replaced: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+#: By a class's name: how often what ran, and what a compiler has traced, since ``apply()``; the reasons told.
 _calls: dict[str, collections.Counter[str]] = {}
+_traced: dict[str, set[str]] = {}
 _told: set[str] = set()
+_lock = threading.Lock()
 
 
 def apply() -> None:
@@ -60,23 +68,27 @@ def apply() -> None:
     a CPU or for single cached tokens. For all else the library's own code runs, with one warning for each reason: where
     a gradient is required, in a cache that records its past, under ``torch.export``, and for sizes without a kernel.
 
-    Call it before a model is spread over several devices: accelerate keeps the function that it finds then.
+    Models of any thread are served, built before or after, compiled or spread over devices by accelerate too. Layers
+    that the ``kernels`` package has replaced (``use_kernels=True``) keep what it put there: :func:`report` does not
+    count them.
 
     Raises:
         ImportError: transformers is not installed.
         RuntimeError: the installed version lacks the classes or has changed them; nothing is replaced.
     """
-    if _replaced:
-        return
-    found = _classes()
-    # weights that are read without a call of their module are loaded where accelerate has offloaded them
-    mixer = _accelerate().force_accelerate_hooks(["conv1d", "norm"])(_mixer)
-    for cls in found:
-        original = vars(cls)["forward"]
-        _calls[cls.__name__] = collections.Counter()
-        _replaced[cls] = original, _replacement(cls.__name__, original, mixer)
-    for cls, (_, ours) in _replaced.items():
-        cls.forward = ours
+    with _lock:
+        if _replaced:
+            return
+        found = _classes()
+        # weights that are read without a call of their module are loaded where accelerate has offloaded them
+        mixer = _accelerate().force_accelerate_hooks(["conv1d", "norm"])(_mixer)
+        pairs = {}
+        for cls in found:
+            original = vars(cls)["forward"]
+            pairs[cls] = original, _replacement(cls.__name__, original, mixer)
+            _calls[cls.__name__], _traced[cls.__name__] = collections.Counter(), set()
+        _replaced.update(pairs)
+        _set(pairs)
 
 
 def restore() -> None:
@@ -85,26 +97,45 @@ def restore() -> None:
     Raises:
         RuntimeError: other code has since replaced one of the functions again; nothing is restored.
     """
-    for cls, (_, ours) in _replaced.items():
-        if vars(cls).get("forward") is not ours:
-            raise RuntimeError(f"{cls.__name__}.forward must be the one that apply() set, got {cls.forward!r}")
-    for cls, (original, _) in _replaced.items():
-        cls.forward = original
-    _replaced.clear()
-    _calls.clear()
-    _told.clear()
+    with _lock:
+        for cls, (_, ours) in _replaced.items():
+            if vars(cls).get("forward") is not ours:
+                raise RuntimeError(f"{cls.__name__}.forward must be the one that apply() set, got {cls.forward!r}")
+        _set({cls: (ours, original) for cls, (original, ours) in _replaced.items()})
+        for record in (_replaced, _calls, _traced, _told):
+            record.clear()
 
 
 def report() -> str:
-    """What runs in each replaced place, and how often it ran since :func:`apply`; compiled calls are not counted."""
+    """What runs in each replaced place, and how often it ran since :func:`apply`; for compiled code, what was traced.
+
+    A place that other code has replaced since then says so.
+    """
     if not _replaced:
         return "nothing is replaced: gdn_kernels.integrations.transformers.apply() was not called"
     lines = []
-    for cls in _replaced:
-        lines.append(f"{cls.__module__}.{cls.__name__}.forward: gdn_kernels")
+    for cls, (_, ours) in _replaced.items():
+        now = vars(cls).get("forward")
+        what = "gdn_kernels" if now is ours else f"replaced since apply() by {now!r}"
+        lines.append(f"{cls.__module__}.{cls.__name__}.forward: {what}")
         calls = _calls[cls.__name__]
-        lines += [f"  {calls[what]} x {what}" for what in sorted(calls)] or ["  not called yet"]
+        ran = [f"  {calls[what]} x {what}" for what in sorted(calls)]
+        ran += [f"  compiled: {what}" for what in sorted(_traced[cls.__name__])]
+        lines += ran or ["  not called yet"]
     return "\n".join(lines)
+
+
+def _set(pairs: dict[type, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+    """In each class its second function for its first, and in each module that holds the first one bound, as accelerate
+    leaves it in the modules that it hooks."""
+    for cls, (_, new) in pairs.items():
+        cls.forward = new
+    # by type(): isinstance would ask every proxy in the process for its class
+    for module in (found for found in gc.get_objects() if issubclass(type(found), torch.nn.Module)):
+        for old, new in (pairs[cls] for cls in type(module).__mro__ if cls in pairs):
+            for name in ("forward", "_old_forward"):
+                if getattr(vars(module).get(name), "__func__", None) is old:
+                    vars(module)[name] = types.MethodType(new, module)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -118,8 +149,12 @@ def _accelerate() -> Any:
 
 def _classes() -> list[type]:
     """The mixer classes of the installed version, each of the form that :func:`_mixer` serves."""
-    import transformers
-
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"transformers must be installed, {VERSIONS}: pip install 'transformers>=5.17'") from error
     found, wrong = [], []
     for family, name in FAMILIES.items():
         path = f"transformers.models.{family}"
@@ -135,10 +170,12 @@ def _classes() -> list[type]:
         else:
             found.append(cls)
             wrong += [f"{name} {difference}" for difference in _differences(cls)]
+            norm = name.replace("GatedDeltaNet", "RMSNormGated")
+            wrong += [f"{norm} has no {part}" for part in _NORM if part not in _named(getattr(module, norm, None))]
     if not hasattr(_accelerate(), "force_accelerate_hooks"):
         wrong.append(f"{_accelerate().__name__} has no force_accelerate_hooks")
     states = getattr(importlib.import_module("transformers.cache_utils"), "LinearAttentionCacheLayerMixin", None)
-    if states is None or "number_of_states" not in inspect.signature(states).parameters:
+    if not {"number_of_states", "has_previous_state", "conv_states", "recurrent_states"} <= _named(states):
         wrong.append("its cache has no numbered states of linear attention")
     if not found and not wrong:
         wrong.append(f"it has none of {', '.join(FAMILIES)}")
@@ -158,10 +195,16 @@ def _differences(cls: type) -> list[str]:
     wrong = []
     if first not in (["self", "hidden_states", cache, "attention_mask"] for cache in ("cache", "cache_params")):
         wrong.append(f"has a forward of {', '.join(first)}")
-    names = inspect.unwrap(cls.__init__).__code__.co_names
+    names = _named(cls)
     projections = _FUSED if _FUSED[0] in names else _SPLIT
     missing = [name for name in (*_SIZES, *_WEIGHTS, *projections) if name not in names]
     return wrong + [f"has no {name}" for name in missing]
+
+
+def _named(cls: type | None) -> set[str]:
+    """The arguments of a class's constructor and what it names: the attributes that it sets."""
+    code = getattr(inspect.unwrap(cls.__init__), "__code__", None) if cls is not None else None
+    return set() if code is None else {*code.co_names, *code.co_varnames}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -183,7 +226,7 @@ def _replacement(name: str, original: Callable[..., Any], mixer: Callable[..., A
         cache = cache_params if cache is None else cache  # its name before transformers 5.24
         reason = _uncovered(self, hidden_states, cache, kwargs)
         if reason is not None:
-            _note(name, f"transformers' own code: {reason}")
+            _note(name, f"transformers' own code: {reason}", torch.compiler.is_compiling())
             _tell(name, reason)
             return original(self, hidden_states, cache, attention_mask, **kwargs)
         return mixer(self, name, hidden_states, cache, attention_mask, kwargs.get("cu_seq_lens_q"))
@@ -191,20 +234,33 @@ def _replacement(name: str, original: Callable[..., Any], mixer: Callable[..., A
     return forward
 
 
-def _note(name: str, what: str) -> None:
-    if not torch.compiler.is_compiling():
+# A compiler calls these two as it traces, and leaves nothing of them in its code.
+@torch.compiler.assume_constant_result
+def _note(name: str, what: str, traced: bool) -> None:
+    if name not in _calls:
+        return  # restored by another thread since this call began
+    if traced:
+        _traced[name].add(what)
+    else:
         _calls[name][what] += 1
 
 
+@torch.compiler.assume_constant_result
 def _tell(name: str, reason: str) -> None:
-    if not torch.compiler.is_compiling() and reason not in _told:
+    if reason not in _told:
         _told.add(reason)
         warnings.warn(f"{name} runs transformers' own code, not gdn_kernels: {reason}", RuntimeWarning, stacklevel=3)
 
 
+def _states(mixer: Any, cache: Any) -> Any:
+    """The cache's layer of the mixer; None where it holds no states of linear attention."""
+    layer = cache.layers[mixer.layer_idx] if mixer.layer_idx < len(cache.layers) else None
+    return layer if hasattr(layer, "has_previous_state") else None
+
+
 def _decodes(mixer: Any, hidden_states: torch.Tensor, cache: Any) -> bool:
     """A single token after a cached state."""
-    return cache is not None and hidden_states.shape[1] == 1 and cache.layers[mixer.layer_idx].has_previous_state[0]
+    return cache is not None and hidden_states.shape[1] == 1 and _states(mixer, cache).has_previous_state[0]
 
 
 def _uncovered(mixer: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
@@ -216,6 +272,8 @@ def _uncovered(mixer: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict
     ):
         return "a gradient is required and the delta rule has no backward; call the model under torch.no_grad()"
     device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # of the projections
     if device not in ("cpu", "cuda"):
         return f"the device must be cpu or cuda, got {device}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -234,7 +292,9 @@ def _uncovered(mixer: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict
         return "packed sequences (cu_seq_lens_q) must come in a batch of 1 without a cache"
     if packed is None and kwargs.get("seq_idx") is not None:
         return "packed sequences must come with cu_seq_lens_q, got seq_idx alone"
-    if cache is not None and cache.layers[mixer.layer_idx].record_past:
+    if cache is not None and _states(mixer, cache) is None:
+        return "the cache has no states of linear attention for this layer"
+    if cache is not None and getattr(_states(mixer, cache), "record_past", False):
         return "the cache records past states (assisted generation)"
     if device == "cuda" and dtype is torch.float32 and not _decodes(mixer, hidden_states, cache):
         return "prefill on a GPU must be in bfloat16 or float16, got float32"
@@ -254,23 +314,24 @@ def _mixer(
         # padding enters the conv and the recurrence as zeros
         hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
     batch, tokens, _ = hidden_states.shape
-    rows = hidden_states.flatten(0, 1)
     fused = hasattr(self, "in_proj_qkvz")
     if fused:
         mixed_qkv, z, b, a = split_qkvz_ba(
-            self.in_proj_qkvz(rows),
-            self.in_proj_ba(rows),
+            self.in_proj_qkvz(hidden_states).flatten(0, 1),
+            self.in_proj_ba(hidden_states).flatten(0, 1),
             num_k_heads=self.num_k_heads,
             num_v_heads=self.num_v_heads,
             head_k_dim=self.head_k_dim,
             head_v_dim=self.head_v_dim,
         )
     else:
-        mixed_qkv, b, a = self.in_proj_qkv(rows), self.in_proj_b(rows), self.in_proj_a(rows)
-        z = self.in_proj_z(rows).unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        mixed_qkv, z, b, a = (projection(hidden_states).flatten(0, 1) for projection in projections)
+        z = z.unflatten(-1, (self.num_v_heads, self.head_v_dim))
     decodes = _decodes(self, hidden_states, cache)
     steps = ("split_qkvz_ba, " if fused else "") + (DECODE if decodes else PREFILL)
-    _note(name, f"{'one cached token' if decodes else 'prefill'} on {rows.device.type}: {steps}")
+    what = f"{'one cached token' if decodes else 'prefill'} on {hidden_states.device.type}: {steps}"
+    _note(name, what, torch.compiler.is_compiling())
     if decodes:
         core = _decode(self, mixed_qkv, a, b, z, cache)
     else:
@@ -324,20 +385,16 @@ def _prefill(
     """``shape`` is B, T: ``[B * T, ...]`` to ``[B * T, HV, V]``, from nothing or from the cache's states."""
     batch, tokens = shape
     columns = self.conv_kernel_size - 1
-    window = initial = None
-    if cache is not None:
-        states = cache.layers[self.layer_idx]
-        if states.has_previous_state[0]:
-            window = states.conv_states[0][:, :, -columns:].clone()
-            initial = states.recurrent_states[0].transpose(2, 3).contiguous()
-        cache.update_conv_state(
-            mixed_qkv.unflatten(0, shape).transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
-        )
     offsets = packed
     if offsets is None:
         offsets = torch.arange(batch + 1, dtype=torch.int32, device=mixed_qkv.device) * tokens
-    if window is None:
-        window = mixed_qkv.new_zeros(offsets.shape[0] - 1, mixed_qkv.shape[1], columns)
+    states = None if cache is None else _states(self, cache)
+    if states is not None and states.has_previous_state[0]:
+        window = states.conv_states[0][:, :, -columns:].clone()
+        initial = states.recurrent_states[0].transpose(2, 3).contiguous()
+    else:
+        window = mixed_qkv.new_zeros(offsets.shape[0] - 1, columns, mixed_qkv.shape[1]).transpose(1, 2)
+        initial = None
     x = causal_conv1d(
         mixed_qkv, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, offsets, activation=self.activation
     )
@@ -356,6 +413,9 @@ def _prefill(
         dt_bias=self.dt_bias,
     )
     if cache is not None:
+        # as many of the last columns as the cache keeps, so that it joins no more to those that it has
+        last = mixed_qkv.unflatten(0, shape)[:, -self.conv_kernel_size :].transpose(1, 2)
+        cache.update_conv_state(last, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         # the cache's first update allocates like this view, and so in the layout that decode updates in place
         cache.update_recurrent_state(final.transpose(2, 3), self.layer_idx)
     return layer_norm_gated(

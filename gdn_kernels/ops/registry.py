@@ -76,11 +76,23 @@ def define(
     torch.library.register_fake(f"gdn::{name}", checked(fake), lib=library)
     library.impl(name, on_cpu, "CPU")
     library.impl(name, on_gpu, "CUDA")
+    operator = getattr(torch.ops.gdn, name).default
+    library.impl(name, _without_autocast(operator), "AutocastCPU")
     if backward is not None:
         implementations = {DispatchKey.CPU: on_cpu, DispatchKey.CUDA: on_gpu}
-        differentiable = _differentiable(getattr(torch.ops.gdn, name).default, implementations, check, backward, keep)
+        differentiable = _differentiable(operator, implementations, check, backward, keep)
         library.impl(name, differentiable, "Autograd", with_keyset=True)
     OPERATORS.append(name)
+
+
+def _without_autocast(operator: Any) -> Call:
+    """What runs under ``torch.autocast("cpu")``: the operator, whose PyTorch implementation picks its own dtypes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return operator(*args, **kwargs)
+
+    return call
 
 
 def _differentiable(
