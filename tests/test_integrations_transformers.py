@@ -39,6 +39,7 @@ import_without("fla", "causal_conv1d")
 PROMPT, NEW, PADDED = 70, 64, 23
 TOLERANCE = 1e-4  # of logits of order one, fp32
 SIZES = {
+    "initializer_range": 0.05,  # logits of order one, which one mixer less changes by as much
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -67,6 +68,20 @@ MODELS = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+devices = pytest.mark.parametrize("device", DEVICES)
+#: As in the released models, fewer of them: the sizes whose kernels serve.
+REAL = {
+    "initializer_range": 0.02,  # the library's own
+    "hidden_size": 256,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "head_dim": 64,
+}
+
+
 def build(family: str = "qwen3_next", **changes):
     config, model, sizes = MODELS[family]
     torch.manual_seed(0)
@@ -81,12 +96,12 @@ def mixers(model) -> list:
     return [module for module in model.modules() if type(module).__name__ in gdn.FAMILIES.values()]
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(device: str = "cpu") -> dict[str, torch.Tensor]:
     """Two prompts, the second padded on the left."""
     tokens = torch.randint(1, 128, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     tokens[1, :PADDED] = mask[1, :PADDED] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +128,7 @@ def expected(request):
 
 
 def generate(model, **options) -> torch.Tensor:
-    found = model.generate(**batch(), max_new_tokens=NEW, do_sample=False, **options)
+    found = model.generate(**batch(model.device), max_new_tokens=NEW, do_sample=False, **options)
     return found[:, PROMPT:]
 
 
@@ -125,7 +140,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def kept(logits: torch.Tensor) -> torch.Tensor:
     """Without the padded positions, whose logits nobody reads."""
-    return logits[batch()["attention_mask"].bool()]
+    return logits[batch(logits.device)["attention_mask"].bool()]
 
 
 def test_logits_and_greedy_tokens_are_the_librarys(expected):
@@ -448,3 +463,147 @@ def test_a_copied_model_is_served_too():
     with torch.no_grad():
         wanted = model(**inputs).logits
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, wanted)
+
+
+# In 16 bits, on a GPU too ----------------------------------------------------------------------------------------
+
+SIXTEEN_BITS = 0.9999  # least cosine of all logits, with the operators and without
+
+
+@devices
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_logits_in_bf16(family, device):
+    # one MLP a layer: a router that picks other experts after a rounding would hide what is compared
+    options = {"mlp_only_layers": [0, 1, 2, 3]} if family == "qwen3_next" else {}
+    model = build(family, **REAL, **options).to(device)
+    inputs = batch(device)
+    with torch.no_grad():
+        exact = kept(model(**inputs).logits)
+        model = model.bfloat16()
+        tokens = generate(model)
+        wanted = [kept(model(**inputs).logits), steps(model, inputs, tokens[:, :16])]
+        gdn.apply()
+        found = [kept(model(**inputs).logits), steps(model, inputs, tokens[:, :16])]
+        same = (generate(model) == tokens).sum().item()
+    for what, one, other in zip(("prefill", "cached decode"), found, wanted, strict=True):
+        print(f"{what}: cosine {cosine(one, other):.6f}, at least {SIXTEEN_BITS}")
+        assert cosine(one, other) >= SIXTEEN_BITS
+    ours, theirs = (1 - cosine(logits[0], exact) for logits in (found, wanted))
+    print(f"prefill, 1 - cosine to fp32: {ours:.1e}, the library's {theirs:.1e}")
+    assert ours <= 1.5 * theirs + 1e-5
+    print(f"equal greedy tokens: {same} of {tokens.numel()}")  # not asserted: two logits may round to one number
+    assert "own code" not in gdn.report() and f"prefill on {device}" in gdn.report()
+
+
+@pytest.mark.gpu
+def test_prefill_in_fp32_on_a_gpu_falls_back_with_a_warning_and_its_decode_does_not():
+    model = build(**REAL).to("cuda")
+    gdn.apply()
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="prefill on a GPU must be in bfloat16 or float16"):
+        out = model(**batch("cuda"), use_cache=True)
+        model(torch.ones(2, 1, dtype=torch.long, device="cuda"), **after(out.past_key_values))
+    assert "3 x transformers' own code: prefill on a GPU" in gdn.report()
+    assert "3 x one cached token on cuda: split_qkvz_ba, decode_step" in gdn.report()
+
+
+@devices
+def test_generation_from_a_static_cache(device):
+    """On a GPU the library compiles this decode step and captures it."""
+    model = build("qwen3_5", **REAL).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    gdn.apply()
+    with torch.no_grad():
+        tokens = generate(model)
+        found = generate(model, cache_implementation="static")
+    equal = (found == tokens).float().mean().item()
+    print(f"equal tokens: {equal:.3f}")
+    # a compiler rounds otherwise, and after one other token all may differ
+    assert equal == 1 if device == "cpu" else torch.equal(found[:, :1], tokens[:, :1])
+    assert "own code" not in gdn.report()
+    if device == "cuda":
+        assert "compiled: one cached token on cuda: decode_step" in gdn.report()
+
+
+@devices
+@torch.no_grad()
+def test_cached_tokens_of_a_mixer_replay_as_a_cuda_graph(device):
+    """The step reads and writes the memory that it began with, so a capture of it continues; on a CPU it just runs."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build(**REAL).to(device, dtype)
+    layer = mixers(model)[0]
+    gdn.apply()
+    cache = model(**batch(device), use_cache=True).past_key_values
+    again, tokens = copy.deepcopy(cache), torch.randn(6, 2, 1, 256, generator=torch.Generator().manual_seed(4))
+    tokens = tokens.to(device, dtype)
+    wanted = [layer(token, again) for token in tokens]
+
+    states = cache.layers[0]
+    pointers = states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr()
+    step, given = captured(layer, tokens[0].clone(), cache) if device == "cuda" else uncaptured(layer, tokens[0], cache)
+    for token, expected in zip(tokens, wanted, strict=True):
+        given.copy_(token)
+        assert torch.equal(step(), expected)
+    assert (states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr()) == pointers
+    assert torch.equal(states.recurrent_states[0], again.layers[0].recurrent_states[0])
+    assert torch.equal(states.conv_states[0][..., 1:], again.layers[0].conv_states[0][..., 1:])
+
+
+def uncaptured(layer, token, cache):
+    given = token.clone()
+    return lambda: layer(given, cache), given
+
+
+def captured(layer, given, cache):
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(given, copy.deepcopy(cache))  # builds what a capture must not
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        result = layer(given, cache)
+
+    def step():
+        graph.replay()
+        return result.clone()
+
+    return step, given
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_whole_decode_step_with_a_static_cache_replays_as_a_cuda_graph():
+    model = build("qwen3_5", **REAL).to("cuda", torch.bfloat16)
+    prompt = batch("cuda")["input_ids"][:1]
+    tokens = torch.randint(1, 128, (6, 1, 1), generator=torch.Generator().manual_seed(4)).cuda()
+
+    def replayed() -> list[torch.Tensor]:
+        def filled():
+            cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+            model(prompt, **after(cache))
+            return cache
+
+        given, graph, side = tokens[0].clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(given, **after(filled()))
+        torch.cuda.current_stream().wait_stream(side)
+        cache = filled()
+        with torch.cuda.graph(graph):
+            logits = model(given, **after(cache)).logits
+        found = []
+        for token in tokens:
+            given.copy_(token)
+            graph.replay()
+            found.append(logits.clone())
+        return found
+
+    try:
+        replayed()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        pytest.skip(f"this version of transformers cannot capture a decode step of its own: {error}")
+    gdn.apply()
+    found = replayed()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=128)
+    model(prompt, **after(cache))
+    for token, logits in zip(tokens, found, strict=True):
+        assert cosine(logits, model(token, **after(cache)).logits) >= SIXTEEN_BITS
