@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import sys
 import threading
@@ -16,25 +15,12 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[clients]'")
 
+import transformers_support  # noqa: E402
+
 import gdn_kernels.integrations.transformers as gdn  # noqa: E402
 
+transformers_support.import_models()
 
-def import_without(*names: str) -> None:
-    """The models of transformers on its own code: as it imports them, it takes FLA's functions where FLA is installed,
-    and those have no CPU implementation."""
-    kept = {name: sys.modules.get(name) for name in names}
-    sys.modules.update(dict.fromkeys(names))
-    try:
-        for family in gdn.FAMILIES:
-            importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    finally:
-        for name, module in kept.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
-
-
-import_without("fla", "causal_conv1d")
 
 PROMPT, NEW, PADDED = 70, 64, 23
 TOLERANCE = 1e-4  # of logits of order one, fp32
