@@ -269,6 +269,17 @@ def test_a_compiled_fallback_is_told_and_reported():
     assert "compiled: transformers' own code: head_k_dim must be" in gdn.report()
 
 
+def test_a_compiled_call_for_training_falls_back_and_is_told():
+    layer = mixers(build("qwen3_5"))[0]
+    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    wanted = layer(hidden)
+    gdn.apply()
+    with pytest.warns(RuntimeWarning, match="own code, not gdn_kernels: a gradient is required"):
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden)
+    close(found, wanted)
+    assert found.requires_grad
+
+
 def test_threads_may_run_while_the_operators_are_switched():
     model, inputs, failures = build(), batch(), []
     with torch.no_grad():

@@ -111,18 +111,17 @@ def report() -> str:
 
     A place that other code has replaced since then says so.
     """
-    if not _replaced:
-        return "nothing is replaced: gdn_kernels.integrations.transformers.apply() was not called"
-    lines = []
-    for cls, (_, ours) in _replaced.items():
-        now = vars(cls).get("forward")
-        what = "gdn_kernels" if now is ours else f"replaced since apply() by {now!r}"
-        lines.append(f"{cls.__module__}.{cls.__name__}.forward: {what}")
-        calls = _calls[cls.__name__]
-        ran = [f"  {calls[what]} x {what}" for what in sorted(calls)]
-        ran += [f"  compiled: {what}" for what in sorted(_traced[cls.__name__])]
-        lines += ran or ["  not called yet"]
-    return "\n".join(lines)
+    with _lock:
+        lines = []
+        for cls, (_, ours) in _replaced.items():
+            now = vars(cls).get("forward")
+            what = "gdn_kernels" if now is ours else f"replaced since apply() by {now!r}"
+            lines.append(f"{cls.__module__}.{cls.__name__}.forward: {what}")
+            calls = _calls[cls.__name__]
+            ran = [f"  {calls[what]} x {what}" for what in sorted(calls)]
+            ran += [f"  compiled: {what}" for what in sorted(_traced[cls.__name__])]
+            lines += ran or ["  not called yet"]
+    return "\n".join(lines) or "nothing is replaced: gdn_kernels.integrations.transformers.apply() was not called"
 
 
 def _set(pairs: dict[type, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
@@ -237,18 +236,21 @@ def _replacement(name: str, original: Callable[..., Any], mixer: Callable[..., A
 # A compiler calls these two as it traces, and leaves nothing of them in its code.
 @torch.compiler.assume_constant_result
 def _note(name: str, what: str, traced: bool) -> None:
-    if name not in _calls:
-        return  # restored by another thread since this call began
-    if traced:
-        _traced[name].add(what)
-    else:
-        _calls[name][what] += 1
+    with _lock:
+        if name not in _calls:
+            return  # restored by another thread since this call began
+        if traced:
+            _traced[name].add(what)
+        else:
+            _calls[name][what] += 1
 
 
 @torch.compiler.assume_constant_result
 def _tell(name: str, reason: str) -> None:
-    if reason not in _told:
+    with _lock:
+        told = reason in _told
         _told.add(reason)
+    if not told:
         warnings.warn(f"{name} runs transformers' own code, not gdn_kernels: {reason}", RuntimeWarning, stacklevel=3)
 
 
