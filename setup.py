@@ -35,8 +35,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis"],
-        # Libraries whose callers gdn_kernels.integrations serves; fla-core itself brings no torch.
-        "clients": ["fla-core==0.6.0"],
+        # Libraries whose callers gdn_kernels.integrations serves, for its tests; fla-core itself brings no torch.
+        "clients": ["fla-core==0.6.0", "transformers>=5.17"],
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
     },
     entry_points={

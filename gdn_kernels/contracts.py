@@ -170,6 +170,15 @@ def gradients(name: str, tensors: tuple[Any, ...]) -> None:
             )
 
 
+def written(name: str, argument: str, tensor: torch.Tensor) -> None:
+    """An argument that is written in place has no gradient, whatever the others have."""
+    if tensor.requires_grad:
+        raise NotImplementedError(
+            f"{argument} of {name} must not require grad, got one of shape {tuple(tensor.shape)} that does: it is "
+            "written in place"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Norms
 # ---------------------------------------------------------------------------------------------------------------

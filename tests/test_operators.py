@@ -1,4 +1,4 @@
-"""Every operator as torch sees it: opcheck, fakes, gradients, and agreement with fp64 on a GPU."""
+"""Every operator as torch sees it: opcheck, fakes, refused gradients, and agreement with fp64 on a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,22 @@ def test_no_result_aliases_an_input(name):
         assert result is None or not result.numel() or result.untyped_storage().data_ptr() not in inputs
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "linear_attention_with_output"])
+@pytest.mark.parametrize("name", IDS)
+def test_autocast_on_a_cpu_changes_nothing(name):
+    call, again = call_of(name), call_of(name)
+    wanted = results(call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(again)
+    for result, expected in zip(found, wanted, strict=True):
+        assert result.dtype is expected.dtype
+        assert torch.equal(result.double().nan_to_num(), expected.double().nan_to_num())
+
+
+HAVE_BACKWARD = ("layer_norm_gated", "l2norm", "gating", "causal_conv1d")  # tests/test_autograd.py
+REFUSING = [name for name in OPERATORS if name not in ("linear_attention_with_output", *HAVE_BACKWARD)]
+
+
+@pytest.mark.parametrize("operator", REFUSING)
 def test_an_input_that_wants_a_gradient_is_refused(operator):
     call = next(call for call in operator_cases.calls() if call.operator == operator)
     first = call.args[0].detach().requires_grad_()

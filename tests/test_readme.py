@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import gdn_kernels  # noqa: F401  registers torch.ops.gdn.*
 from gdn_kernels import graphs
+from gdn_kernels.integrations import transformers
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -60,6 +62,19 @@ def test_operators_match_the_equivalent(operator: str, H: int, HV: int) -> None:
     # Rounding of fp64 over 70 steps on values of order one; observed error is near 1e-14.
     torch.testing.assert_close(o[0], expected_o, rtol=0, atol=1e-11)
     torch.testing.assert_close(S[0], expected_S, rtol=0, atol=1e-11)
+
+
+def test_what_is_said_of_clients_is_what_they_have() -> None:
+    section = README.split("## Clients")[1].split("\n## ")[0]
+    modules = re.findall(r"`from (gdn_kernels\.integrations\.\w+) import ([\w, ]+)`", section)
+    assert len(modules) == 2
+    for module, names in modules:
+        found = importlib.import_module(module)
+        assert all(hasattr(found, name) for name in names.split(", "))
+    assert all(hasattr(transformers, name) for name in ("apply", "report", "restore"))
+    assert f"**transformers** {'.'.join(transformers.VERSIONS.split('.')[:2])} to 5.24" in section
+    assert transformers.VERSIONS == "5.17.0 to 5.24.0"
+    assert all(len(client.splitlines()) <= 10 for client in section.split("\n- "))
 
 
 def test_every_operator_is_in_the_table() -> None:

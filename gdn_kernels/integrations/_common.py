@@ -1,4 +1,5 @@
-"""What the drop-in modules share: the refusal of an option that is not built, and rows that lie contiguously."""
+"""What the drop-in modules share: the refusal of an option that is not built, rows that lie contiguously, and whether a
+gradient is asked for."""
 
 from __future__ import annotations
 
@@ -20,3 +21,8 @@ def rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1:
         return tensor
     return tensor.contiguous()
+
+
+def differentiates(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is done with the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

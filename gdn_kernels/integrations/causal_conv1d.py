@@ -9,6 +9,9 @@ and channel-last, and an output that is channel-last (a ``[B, D, L]`` view of ``
 option that is not built raises ``NotImplementedError`` naming it, other wrong input what ``gdn_kernels.contracts``
 lists.
 
+``causal_conv1d_fn`` is differentiable in every tensor that it takes, in its output and in the final states; the update
+refuses an input that requires grad.
+
 Costs to know: channel-last x (``x.stride(1) == 1``, as the transpose of a projection has it) is read as it is;
 time-last x (a contiguous ``[B, D, L]`` with L > 1) is copied first, one more pass over it.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from gdn_kernels.integrations._common import not_built, rows
+from gdn_kernels.integrations._common import differentiates, not_built, rows
 from gdn_kernels.ops import conv
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
@@ -63,7 +66,7 @@ def causal_conv1d_fn(
         are ``final_states_out`` or new, channel-last.
 
     Raises:
-        NotImplementedError: ``seq_idx``, a width, x or another tensor that requires grad.
+        NotImplementedError: ``seq_idx``, a width.
         TypeError, ValueError: as ``contracts.causal_conv1d`` lists.
 
     Source: ``causal_conv1d_interface.py`` of causal-conv1d 1.7.0 for the signature.
@@ -76,6 +79,8 @@ def causal_conv1d_fn(
     for name, tensor in (("initial_states", initial_states), ("final_states_out", final_states_out)):
         if tensor is not None:
             _like_x(name, tensor, x, window)
+    if differentiates(x, weight, bias, initial_states) and (initial_states is not None or return_final_states):
+        return _as_tokens(x, weight, bias, initial_states, return_final_states, final_states_out, activation)
     state = x.new_zeros(batch, window[2], channels).transpose(1, 2)
     if initial_states is not None:
         state.copy_(initial_states)
@@ -86,6 +91,27 @@ def causal_conv1d_fn(
     if not return_final_states:
         return y
     return y, state if final_states_out is None else final_states_out.copy_(state)
+
+
+def _as_tokens(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_states: torch.Tensor | None,
+    return_final_states: bool,
+    final_states_out: torch.Tensor | None,
+    activation: str | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """With the initial states as each sequence's first tokens, so that states have gradients as x does."""
+    width = weight.shape[1] - 1
+    if initial_states is None:
+        initial_states = x.new_zeros(x.shape[0], x.shape[1], width)
+    columns = torch.cat([initial_states.mT, x.mT], 1).mT
+    y = causal_conv1d_fn(columns, weight, bias, activation=activation)[..., width:]
+    if not return_final_states:
+        return y
+    final_states = columns[..., columns.shape[-1] - width :]
+    return y, final_states.clone() if final_states_out is None else final_states_out.copy_(final_states)
 
 
 def causal_conv1d_update(

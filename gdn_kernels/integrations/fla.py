@@ -6,9 +6,10 @@ defaults and layouts are those of fla-core 0.6.0: ``[B, T, H, K]`` tensors and `
 ``[N, HV, V, K]`` with ``state_v_first``. What FLA takes through ``**kwargs`` is spelled out, so that a misspelt option
 raises ``TypeError``. An option that is not built raises ``NotImplementedError`` naming it.
 
-Built: head sizes 64, 128 and 256, conv widths 2 to 4. No backward for the delta rule: call under ``torch.no_grad()``;
-input that requires grad raises ``NotImplementedError``. Errors of an operator name its own arguments, so FLA's gate
-``g`` of a norm is its ``z``. Everything runs on a CPU too.
+Built: head sizes 64, 128 and 256, conv widths 2 to 4. Norms, gates and ``causal_conv1d`` are differentiable, in plain
+PyTorch. The delta rule and ``causal_conv1d_update`` have no backward: input that requires grad raises
+``NotImplementedError``, call them under ``torch.no_grad()``. Errors of an operator name its own arguments, so FLA's
+gate ``g`` of a norm is its ``z``. Everything runs on a CPU too.
 
 Costs to know, all of them copies that FLA makes as well unless said:
 
@@ -29,9 +30,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdn_kernels.integrations._common import not_built, rows
+from gdn_kernels.integrations._common import differentiates, not_built, rows
 from gdn_kernels.ops import chunk, conv, norm, recurrent
 from gdn_kernels.ops.gating import gating
+from gdn_kernels.reference.backward import joined
 
 __all__ = [
     "FusedLayerNormGated",
@@ -633,7 +635,7 @@ def causal_conv1d(
         The shape and dtype of x, contiguous; the final state ``[N, D, W]`` in the dtype of x, or None.
 
     Raises:
-        NotImplementedError: an option that is not built, no weight, a width, a tensor that requires grad.
+        NotImplementedError: an option that is not built, no weight, a width.
         TypeError, ValueError: as ``contracts.causal_conv1d`` lists.
 
     Source: ``fla/modules/causal_conv1d/ops.py``, fla-core 0.6.0.
@@ -654,13 +656,17 @@ def causal_conv1d(
     else:
         offsets = cu_seqlens
     count, width = offsets.shape[0] - 1, weight.shape[1]
+    tokens = x.flatten(0, 1)
+    if initial_state is not None:
+        _fla_state("initial_state", initial_state, (count, channels, width))
+    if differentiates(tokens, weight, bias, initial_state) and (initial_state is not None or output_final_state):
+        y, state = _as_tokens(tokens, weight, rows(bias), initial_state, offsets, activation)
+        return y.view(shape), state if output_final_state else None
     # The operator's window is the W - 1 newest of FLA's W columns: it works on a view of them.
     if initial_state is None:
         state = x.new_zeros(count, channels, width)
     else:
-        _fla_state("initial_state", initial_state, (count, channels, width))
         state = initial_state.clone(memory_format=torch.contiguous_format)
-    tokens = x.flatten(0, 1)
     oldest = _oldest_column(tokens, state, offsets) if output_final_state else None
     y = conv.causal_conv1d(tokens, weight, rows(bias), state[..., 1:], offsets, activation=activation).view(shape)
     if oldest is None:
@@ -715,6 +721,26 @@ def _conv_weight(weight: torch.Tensor | None) -> torch.Tensor:
 def _fla_state(name: str, state: torch.Tensor, shape: tuple[int, ...]) -> None:
     if state.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(state.shape)}")
+
+
+def _as_tokens(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    offsets: torch.Tensor,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the initial states as each sequence's first tokens, so that states have gradients as x does."""
+    count, (channels, width) = offsets.shape[0] - 1, weight.shape
+    if initial_state is None:
+        initial_state = tokens.new_zeros(count, channels, width)
+    columns, own_rows, _, _ = joined(tokens, initial_state.mT.to(tokens.dtype), offsets.long())
+    moved = offsets.long() + width * torch.arange(count + 1, device=offsets.device)
+    none = tokens.new_zeros(count, channels, width - 1)
+    y = conv.causal_conv1d(columns, weight, bias, none, moved, activation=activation)
+    last = moved[1:, None] - width + torch.arange(width, device=offsets.device)
+    return y[own_rows], columns[last.flatten()].view(count, width, channels).mT
 
 
 def _oldest_column(tokens: torch.Tensor, state: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from gdn_kernels import launch
 from gdn_kernels.ops.registry import define
+from gdn_kernels.reference import backward
 
 define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, Tensor cu_seqlens, *, "
@@ -13,6 +14,8 @@ define(
     'str? activation="silu", int pad_slot_id=-1) -> Tensor',
     module="conv",
     fake=lambda x, *args, **options: x.new_empty(x.shape),
+    backward=backward.causal_conv1d,
+    keep=backward.causal_conv1d_inputs,
 )
 define(
     "causal_conv1d_update(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_state, *, "
@@ -61,10 +64,13 @@ def causal_conv1d(
         activation: ``"silu"``, ``"swish"`` or None.
 
     Returns:
-        ``[T, D]`` in the dtype of ``x``, contiguous.
+        ``[T, D]`` in the dtype of ``x``, contiguous. Differentiable in x, weight and bias; what is written to
+        ``conv_state`` carries no gradient. The functions of ``gdn_kernels.integrations`` that return final states are
+        differentiable in them and in the initial states too.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as ``contracts.causal_conv1d`` lists.
+        TypeError, ValueError, NotImplementedError: as ``contracts.causal_conv1d`` lists; NotImplementedError also for a
+            ``conv_state`` that requires grad.
     """
     return torch.ops.gdn.causal_conv1d(
         x,

@@ -6,6 +6,7 @@ import torch
 
 from gdn_kernels import launch
 from gdn_kernels.ops.registry import define
+from gdn_kernels.reference import backward
 
 
 def _fake(a: torch.Tensor, *args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,6 +18,7 @@ define(
     "gating(Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, *, float beta_scale=1.0) -> (Tensor g, Tensor beta)",
     module="gating",
     fake=_fake,
+    backward=backward.gating,
 )
 
 
@@ -32,7 +34,7 @@ def gating(
 
     Returns:
         ``g``, the natural log of the decay (at most 0), and ``beta``: fp32, contiguous, the shape of ``a``. The
-        softplus is ``log1p(exp(x))`` up to 20 and ``x`` above.
+        softplus is ``log1p(exp(x))`` up to 20 and ``x`` above. Differentiable in all four tensors.
 
     Raises:
         TypeError, ValueError: as ``contracts.gating`` lists.

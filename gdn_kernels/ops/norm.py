@@ -8,6 +8,7 @@ import torch
 
 from gdn_kernels import contracts, launch
 from gdn_kernels.ops.registry import define
+from gdn_kernels.reference import backward
 
 _OPTIONS = (
     "bool norm_before_gate, bool is_rms_norm=True, float eps=1e-6, int? group_size=None, str activation='silu'"
@@ -17,6 +18,7 @@ define(
     f"layer_norm_gated(Tensor x, Tensor weight, Tensor? bias=None, Tensor? z=None, *, {_OPTIONS}) -> Tensor",
     module="norm",
     fake=lambda x, *args, **options: x.new_empty(x.shape),
+    backward=backward.layer_norm_gated,
 )
 define(
     f"layer_norm_gated_out(Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor(a!) out, *, {_OPTIONS}) -> ()",
@@ -40,6 +42,7 @@ define(
     "l2norm(Tensor x, *, float eps=1e-6) -> Tensor",
     module="norm",
     fake=lambda x, **options: x.new_empty(x.shape),
+    backward=backward.l2norm,
 )
 
 
@@ -70,7 +73,7 @@ def layer_norm_gated(
         activation: ``"silu"`` (``"swish"`` is the same) or ``"sigmoid"``.
 
     Returns:
-        ``[..., D]`` in the dtype of ``x``, contiguous. Computed in fp32.
+        ``[..., D]`` in the dtype of ``x``, contiguous. Computed in fp32. Differentiable in all four tensors.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as ``contracts.layer_norm_gated`` lists.
@@ -177,7 +180,7 @@ def l2norm(x: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     """Each row divided by ``sqrt(sum(x**2) + eps)``; for q and k, where a delta rule does not normalise them inside.
 
     ``x`` is ``[..., D]``, bf16, fp16 or fp32, one to four dimensions, last one contiguous. Returns the same shape and
-    dtype, contiguous, computed in fp32.
+    dtype, contiguous, computed in fp32. Differentiable.
     """
     return torch.ops.gdn.l2norm(x, eps=eps)
 

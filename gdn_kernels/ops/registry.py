@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
 
 from gdn_kernels import contracts, launch, replay
 
@@ -39,11 +40,16 @@ def define(
     module: str | None = None,
     call: Call | None = None,
     adapter: Adapter | None = None,
+    backward: Call | None = None,
+    keep: Call | None = None,
 ) -> None:
     """Register ``schema`` under ``gdn``; ``contracts`` holds its checks under its name.
 
     With ``module``, ``reference/<module>.py`` and ``kernels/<module>.py`` hold its CPU and GPU implementation under its
-    name, and GPU calls are recorded and replayed by their signature; else ``call`` is both.
+    name, and GPU calls are recorded and replayed by their signature; else ``call`` is both. ``backward``, of
+    ``reference/backward.py``, makes it differentiable in its positional arguments, which then are all tensors; it takes
+    the gradients of the results, these arguments, which of their gradients are asked for, and the options. ``keep``
+    gives the arguments as ``backward`` needs them, before any is written; one that is written has no gradient.
     """
     name = schema[: schema.index("(")]
     check: Call = getattr(contracts, name)
@@ -70,7 +76,79 @@ def define(
     torch.library.register_fake(f"gdn::{name}", checked(fake), lib=library)
     library.impl(name, on_cpu, "CPU")
     library.impl(name, on_gpu, "CUDA")
+    operator = getattr(torch.ops.gdn, name).default
+    library.impl(name, _without_autocast(operator), "AutocastCPU")
+    if backward is not None:
+        implementations = {DispatchKey.CPU: on_cpu, DispatchKey.CUDA: on_gpu}
+        differentiable = _differentiable(operator, implementations, check, backward, keep)
+        library.impl(name, differentiable, "Autograd", with_keyset=True)
     OPERATORS.append(name)
+
+
+def _without_autocast(operator: Any) -> Call:
+    """What runs under ``torch.autocast("cpu")``: the operator, whose PyTorch implementation picks its own dtypes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return operator(*args, **kwargs)
+
+    return call
+
+
+def _differentiable(
+    operator: Any, implementations: dict[Any, Call], check: Call, backward: Call, keep: Call | None
+) -> Call:
+    """What runs at the Autograd key: where an input requires a gradient, the operator with ``backward``, else without.
+
+    ``torch.library.register_autograd`` does the same, and costs 10 us a call that needs no gradient: it enters a guard
+    and dispatches again (torch 2.13, CPU). Here a call whose next stop is the CPU's or the GPU's implementation, since
+    no mode and no tensor subclass stands between, goes there: 2 us. All others are dispatched again.
+    """
+    below = torch._C._after_autograd_keyset
+    arguments = operator._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
+    positional = len(arguments) - len(defaults)
+    written = {i: a.name for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write}
+    known: dict[int, Call | None] = {}
+
+    def next_stop(keyset: Any) -> Call | None:
+        # ADInplaceOrView has nothing to do: nothing is registered there
+        left = (keyset & below).remove(DispatchKey.ADInplaceOrView)
+        known[keyset.raw_repr()] = found = implementations.get(left.highestPriorityTypeId())
+        return found
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, options: dict[str, Any], *inputs: torch.Tensor | None) -> Any:
+            # the dispatcher leaves out what equals its default
+            kept, ctx.options = (*inputs, *[None] * (positional - len(inputs))), defaults | options
+            if keep is not None:
+                check(*kept, **ctx.options)
+                kept = keep(*kept, **ctx.options)
+            ctx.save_for_backward(*kept)
+            return operator.redispatch(keyset & below, *inputs, **options)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            needs = ctx.needs_input_grad[2:]
+            absent = (False,) * (positional - len(needs))
+            found = backward(grads, ctx.saved_tensors, (*needs, *absent), **ctx.options)
+            return None, None, *found[: len(needs)]
+
+    def call(keyset: Any, *inputs: torch.Tensor | None, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if x is not None and x.requires_grad:
+                    for position, argument in written.items():
+                        contracts.written(operator.name(), argument, inputs[position])
+                    return Differentiable.apply(keyset, options, *inputs)
+        raw = keyset.raw_repr()
+        implementation = known[raw] if raw in known else next_stop(keyset)
+        if implementation is None:
+            return operator.redispatch(keyset & below, *inputs, **options)
+        return implementation(*inputs, **options)
+
+    return call
 
 
 def _lazy_kernel(module: str, name: str) -> Call:
