@@ -269,6 +269,17 @@ def test_a_compiled_fallback_is_told_and_reported():
     assert "compiled: transformers' own code: head_k_dim must be" in gdn.report()
 
 
+def test_an_exported_mixer_is_the_librarys():
+    layer = mixers(build("qwen3_5"))[0].requires_grad_(False)
+    hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
+    wanted = layer(hidden)
+    gdn.apply()
+    with pytest.warns(RuntimeWarning, match="torch.export is tracing"):
+        exported = torch.export.export(layer, (hidden,))
+    assert "gdn." not in str(exported.graph)
+    close(exported.module()(hidden), wanted)
+
+
 def test_a_compiled_call_for_training_falls_back_and_is_told():
     layer = mixers(build("qwen3_5"))[0]
     hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
@@ -477,18 +488,18 @@ def test_logits_in_bf16(family, device):
     with torch.no_grad():
         exact = kept(model(**inputs).logits)
         model = model.bfloat16()
-        tokens = generate(model)
+        tokens = generate(model) if device == "cuda" else inputs["input_ids"].flip(0)
         wanted = [kept(model(**inputs).logits), steps(model, inputs, tokens[:, :16])]
         gdn.apply()
         found = [kept(model(**inputs).logits), steps(model, inputs, tokens[:, :16])]
-        same = (generate(model) == tokens).sum().item()
+        if device == "cuda":  # not asserted: two logits may round to one number
+            print(f"equal greedy tokens: {(generate(model) == tokens).sum().item()} of {tokens.numel()}")
     for what, one, other in zip(("prefill", "cached decode"), found, wanted, strict=True):
         print(f"{what}: cosine {cosine(one, other):.6f}, at least {SIXTEEN_BITS}")
         assert cosine(one, other) >= SIXTEEN_BITS
     ours, theirs = (1 - cosine(logits[0], exact) for logits in (found, wanted))
     print(f"prefill, 1 - cosine to fp32: {ours:.1e}, the library's {theirs:.1e}")
     assert ours <= 1.5 * theirs + 1e-5
-    print(f"equal greedy tokens: {same} of {tokens.numel()}")  # not asserted: two logits may round to one number
     assert "own code" not in gdn.report() and f"prefill on {device}" in gdn.report()
 
 

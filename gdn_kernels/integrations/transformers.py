@@ -233,7 +233,12 @@ def _replacement(name: str, original: Callable[..., Any], mixer: Callable[..., A
     return forward
 
 
-# A compiler calls these two as it traces, and leaves nothing of them in its code.
+# A compiler calls these three as it traces, and leaves nothing of them in its code.
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()  # traced itself, it is True for every compilation of torch 2.11
+
+
 @torch.compiler.assume_constant_result
 def _note(name: str, what: str, traced: bool) -> None:
     with _lock:
@@ -267,7 +272,7 @@ def _decodes(mixer: Any, hidden_states: torch.Tensor, cache: Any) -> bool:
 
 def _uncovered(mixer: Any, hidden_states: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
     """Why the library's own code must run; None where the operators can."""
-    if torch.compiler.is_exporting():
+    if _exporting():
         return "torch.export is tracing"
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad or any(parameter.requires_grad for parameter in mixer.parameters())
