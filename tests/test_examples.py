@@ -26,7 +26,7 @@ def test_example_runs(script: str) -> None:
         pytest.skip("needs transformers: pip install -e '.[clients]'")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, str(ROOT / "examples" / script)], capture_output=True, text=True, env=environment, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert "what is not built says so" in run.stdout and SCRIPTS[script] in run.stdout

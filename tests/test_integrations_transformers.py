@@ -527,8 +527,8 @@ def test_generation_from_a_static_cache(device):
     # a compiler rounds otherwise, and after one other token all may differ
     assert equal == 1 if device == "cpu" else torch.equal(found[:, :1], tokens[:, :1])
     assert "own code" not in gdn.report()
-    if device == "cuda":
-        assert "compiled: one cached token on cuda: decode_step" in gdn.report()
+    assert f"one cached token on {device}: decode_step" in gdn.report()
+    print(gdn.report())
 
 
 @devices
@@ -549,10 +549,17 @@ def test_cached_tokens_of_a_mixer_replay_as_a_cuda_graph(device):
     step, given = captured(layer, tokens[0].clone(), cache) if device == "cuda" else uncaptured(layer, tokens[0], cache)
     for token, expected in zip(tokens, wanted, strict=True):
         given.copy_(token)
-        assert torch.equal(step(), expected)
+        same(step(), expected)
     assert (states.conv_states[0].data_ptr(), states.recurrent_states[0].data_ptr()) == pointers
-    assert torch.equal(states.recurrent_states[0], again.layers[0].recurrent_states[0])
-    assert torch.equal(states.conv_states[0][..., 1:], again.layers[0].conv_states[0][..., 1:])
+    same(states.recurrent_states[0], again.layers[0].recurrent_states[0])
+    same(states.conv_states[0][..., 1:], again.layers[0].conv_states[0][..., 1:])
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """But for a matrix product of another algorithm, which a capture may choose: a few units of bf16."""
+    assert found.shape == wanted.shape and found.dtype is wanted.dtype
+    scale = wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2**-6 * scale if found.is_cuda else 0)
 
 
 def uncaptured(layer, token, cache):

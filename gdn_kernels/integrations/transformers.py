@@ -68,6 +68,8 @@ def apply() -> None:
     a CPU or for single cached tokens. For all else the library's own code runs, with one warning for each reason: where
     a gradient is required, in a cache that records its past, under ``torch.export``, and for sizes without a kernel.
 
+    On a CPU the operators run in PyTorch, for their results and not for speed.
+
     Models of any thread are served, built before or after, compiled or spread over devices by accelerate too. Layers
     that the ``kernels`` package has replaced (``use_kernels=True``) keep what it put there: :func:`report` does not
     count them.
