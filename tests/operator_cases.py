@@ -6,7 +6,9 @@ slots, packed batches end in padding rows.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -428,3 +430,13 @@ def all_calls(m: Inputs, chunked: bool = True) -> list[Call]:
 def calls(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Call]:
     """Every operator's calls, freshly made: running one writes its tensors."""
     return all_calls(Inputs(device, dtype), chunked=device == "cpu" or dtype is not torch.float32)
+
+
+@functools.cache
+def _made(device: str, dtype: torch.dtype) -> dict[str, Call]:
+    return {call.id: call for call in calls(device, dtype)}
+
+
+def call(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call | None:
+    """The one of :func:`calls` whose id is ``name``, if there is one: a copy, with its strides and shared storages."""
+    return copy.deepcopy(_made(device, dtype).get(name))

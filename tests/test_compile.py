@@ -20,19 +20,6 @@ TARGETS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def start_targets(request):
-    """Start the processes of all targets that the selected tests read, so that they run side by side."""
-    orders = {}
-    for item in request.session.items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.path == request.path and params:
-            cases, sweeps = orders.setdefault(params.get("target", triton_support.SWEEP_TARGET), (set(), set()))
-            cases.update(params[name] for name in ("case", "plain") if name in params)
-            sweeps.update({params["sweep"]} if "sweep" in params else ())
-    triton_support.start_targets(orders)
-
-
 def binaries(target, case):
     compiled = triton_support.compile_target(target).cases[case]
     assert compiled.error is None, compiled.error
@@ -114,8 +101,7 @@ def test_products_on_hopper_run_beside_the_threads(case, parts):
         # two products with the state's operand, three with a chunk's, in each part; and P
         products = parts * (2 * key_steps + 3 * chunk_steps) + key_steps
     assert scan.asm.count("wgmma.mma_async") == products
-    log = triton_support.ptxas_log(scan.asm, 90)
-    assert "serialized" not in log, log
+    assert "serialized" not in scan.log, scan.log
 
 
 @pytest.mark.parametrize("sweep", registry.SWEEP_CASES)

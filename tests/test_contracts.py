@@ -41,10 +41,6 @@ def tensors(named: dict[str, Any]) -> list[torch.Tensor]:
     return [x for x in named.values() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
 
 
-def call_of(name: str) -> Call:
-    return next(call for call in operator_cases.calls() if call.id == name)
-
-
 # Changes of one tensor.
 def to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: x.to(dtype)
@@ -594,7 +590,7 @@ def test_bad_input_is_refused_while_tracing(row: Row, calls: dict[str, dict[str,
 def test_every_call_of_the_table_is_good_before_its_change() -> None:
     """Else a row could pass for another reason than its change."""
     for base in dict.fromkeys(base for base, *_ in TABLE):
-        call = call_of(base)
+        call = operator_cases.call(base)
         getattr(torch.ops.gdn, call.operator)(**arguments(call))
 
 
@@ -774,7 +770,7 @@ VALUE_IDS = [f"{base}-{'-'.join(change)}-{index}" for index, (base, change, _) i
 
 @pytest.mark.parametrize("base, change, message", VALUES, ids=VALUE_IDS)
 def test_debug_checks_refuse_harmful_values_and_nothing_is_written(base: str, change: Change, message: str) -> None:
-    call = call_of(base)
+    call = operator_cases.call(base)
     named = changed(arguments(call), change)
     before = [x.clone() for x in tensors(named)]
     with launch.debug_checks():
@@ -783,7 +779,7 @@ def test_debug_checks_refuse_harmful_values_and_nothing_is_written(base: str, ch
 
 
 def test_capture_mode_reads_no_values() -> None:
-    call = call_of(DECODE)
+    call = operator_cases.call(DECODE)
     named = changed(arguments(call), {"state_indices": ints(0, 1, 2, 6)})
     with launch.debug_checks(), launch.capture_mode():
         torch.ops.gdn.packed_decode(**named)
@@ -801,7 +797,7 @@ GOOD = [
 
 def test_debug_checks_let_good_calls_pass_with_the_same_bits() -> None:
     for name in GOOD:
-        checked, plain = call_of(name), call_of(name)
+        checked, plain = operator_cases.call(name), operator_cases.call(name)
         with launch.debug_checks():
             found = results(checked.run())
         wanted = results(plain.run())
@@ -810,12 +806,12 @@ def test_debug_checks_let_good_calls_pass_with_the_same_bits() -> None:
 
 def test_debug_checks_leave_padding_alone() -> None:
     """Gates of padding rows may be anything, and a null slot may be read and written by any row."""
-    named = arguments(call_of(CHECKPOINTS))
+    named = arguments(operator_cases.call(CHECKPOINTS))
     named["g"][:, 199:] = 3.0
     with launch.debug_checks():
         torch.ops.gdn.chunk_gated_delta_rule_paged_checkpoints(**named)
     change = {"state_indices": ints(0, 1, 0, 4), "write_indices": ints(5, 0, 3, 0), "pad_slot_id": 0}
-    named = changed(arguments(call_of(PAGED)), change)
+    named = changed(arguments(operator_cases.call(PAGED)), change)
     with launch.debug_checks():
         torch.ops.gdn.recurrent_gated_delta_rule_paged(**named)
     with launch.debug_checks():
@@ -838,7 +834,7 @@ INDEXED = [
 @pytest.mark.parametrize("index", [-1, -7, 99, 2**31 - 1], ids=["padding", "negative", "past-the-pool", "largest"])
 @pytest.mark.parametrize("base", INDEXED)
 def test_a_slot_outside_the_pool_is_padding(base: str, index: int) -> None:
-    call = call_of(base)
+    call = operator_cases.call(base)
     named = changed(arguments(call), {"state_indices": lambda x: torch.full_like(x, index)})
     pools = [named[name] for name in ("conv_state", "state", "intermediate_windows", "intermediate_states")
              if name in named]  # fmt: skip
@@ -852,7 +848,7 @@ def test_a_slot_outside_the_pool_is_padding(base: str, index: int) -> None:
 @pytest.mark.parametrize("count", [0, -1, 4, 1000])
 @pytest.mark.parametrize("base, pool", [(UPDATE, "conv_state"), (TABLED, "state")])
 def test_an_accepted_count_out_of_range_makes_its_row_inert(base: str, pool: str, count: int) -> None:
-    call, good = call_of(base), call_of(base)
+    call, good = operator_cases.call(base), operator_cases.call(base)
     named = changed(arguments(call), {"num_accepted_tokens": ints(1, count, 2, 2)})
     right = changed(arguments(good), {"num_accepted_tokens": ints(1, 1, 2, 2)})
     before = named[pool].clone()

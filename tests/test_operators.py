@@ -20,10 +20,6 @@ E4M3_ROUNDING = 2**-4
 CHUNKED = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
-def call_of(name, device="cpu", dtype=torch.float32):
-    return next((call for call in operator_cases.calls(device, dtype) if call.id == name), None)
-
-
 def results(call):
     """The results of a call and the tensors it may have written."""
     found = call.run()
@@ -37,13 +33,13 @@ def test_every_operator_has_a_case():
 
 @pytest.mark.parametrize("name", IDS)
 def test_opcheck(name):
-    call = call_of(name)
+    call = operator_cases.call(name)
     torch.library.opcheck(getattr(torch.ops.gdn, call.operator).default, call.args, call.kwargs)
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_no_result_aliases_an_input(name):
-    call = call_of(name)
+    call = operator_cases.call(name)
     found = call.run()
     inputs = {x.untyped_storage().data_ptr() for x in call.tensors if x.numel()}
     for result in found if isinstance(found, (tuple, list)) else [found]:
@@ -52,7 +48,7 @@ def test_no_result_aliases_an_input(name):
 
 @pytest.mark.parametrize("name", IDS)
 def test_autocast_on_a_cpu_changes_nothing(name):
-    call, again = call_of(name), call_of(name)
+    call, again = operator_cases.call(name), operator_cases.call(name)
     wanted = results(call)
     with torch.autocast("cpu", torch.bfloat16):
         found = results(again)
@@ -80,7 +76,7 @@ def test_an_input_that_wants_a_gradient_is_refused(operator):
 
 @pytest.mark.parametrize("name", IDS)
 def test_the_python_function_is_the_operator(name):
-    call, again = call_of(name), call_of(name)
+    call, again = operator_cases.call(name), operator_cases.call(name)
     for result, wanted in zip(results(call), results(_through_python(again)), strict=True):
         assert result.dtype is wanted.dtype
         assert torch.equal(result.double().nan_to_num(), wanted.double().nan_to_num())
@@ -95,7 +91,7 @@ class _through_python:
 
 
 def check_against_fp64(name, device, dtype):
-    call = call_of(name, device, dtype)
+    call = operator_cases.call(name, device, dtype)
     if call is None:
         pytest.skip("the chunk operators take no fp32 on a GPU")
     exact = call.map(lambda x: x.detach().cpu().double() if x.is_floating_point() else x.cpu())
@@ -141,6 +137,6 @@ def test_results_and_writes_match_fp64_on_a_gpu(name, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", IDS)
 def test_opcheck_on_a_gpu(name):
-    call = call_of(name, "cuda", torch.bfloat16)
+    call = operator_cases.call(name, "cuda", torch.bfloat16)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.gdn, call.operator).default, call.args, call.kwargs, test_utils=tests)

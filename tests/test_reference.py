@@ -14,21 +14,17 @@ F64 = torch.float64
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
-ALL_THREADS = torch.get_num_threads()
-
-
 @pytest.fixture(autouse=True)
-def _seed_and_one_thread():
-    """One thread: on tensors this small several mostly wait for each other, for seconds on a busy machine."""
+def _seed():
     torch.manual_seed(0)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(ALL_THREADS)
 
 
-@pytest.fixture(params=sorted({1, ALL_THREADS}), ids=lambda n: f"{n}-threads")
-def threads(request, _seed_and_one_thread):
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads")
+def threads(request):
+    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

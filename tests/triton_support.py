@@ -1,7 +1,10 @@
 """What the kernel tests need on a machine without a GPU: Triton's interpreter and compilation for other targets.
 
-Interpreter. ``TRITON_INTERPRET=1`` must be set before a kernel is decorated, so interpreter tests run in a process
-of their own (:func:`run_interpreter_tests`). There, :func:`install_bf16` mends the interpreter's bfloat16.
+Child processes. Both run in processes of their own, which :func:`start_children` starts for the tests that a session
+has selected; they run beside its other tests, and the tests that read their results come last.
+
+Interpreter. ``TRITON_INTERPRET=1`` must be set before a kernel is decorated, so interpreter tests run in one child
+(:func:`run_interpreter_tests`). There, :func:`install_bf16` mends the interpreter's bfloat16.
 
 Compilation. :func:`compile_target` runs one process a target, with a time limit. In it a stand-in driver answers
 Triton's questions about the GPU, the package's own launch functions compile their kernels instead of launching
@@ -11,17 +14,21 @@ them, and each binary's registers, spills and shared memory are read back.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +36,76 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# ---------------------------------------------------------------------------------------------------------------
+# Child processes
+# ---------------------------------------------------------------------------------------------------------------
+
+CORES = max(1, min(6, os.cpu_count() or 1))
+
+# A thread for each child. One core is for the tests of this process, until one of them waits for a child.
+_threads = concurrent.futures.ThreadPoolExecutor(max_workers=CORES)
+_free_cores = threading.Semaphore(max(1, CORES - 1))
+_jobs: dict[Any, concurrent.futures.Future[Any]] = {}
+_running: set[subprocess.Popen[str]] = set()
+_ended = threading.Event()
+
+
+def _run_child(command: list[str], env: dict[str, str], limit_s: int) -> subprocess.CompletedProcess[str]:
+    """Run a child once a core is free for it, and end it after ``limit_s`` seconds; stderr is part of stdout."""
+    with _free_cores:
+        if _ended.is_set():
+            raise RuntimeError("the session ended before this child began")
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as child:
+            _running.add(child)
+            try:
+                output, _ = child.communicate(timeout=limit_s)
+            finally:
+                child.kill()
+                _running.discard(child)
+    return subprocess.CompletedProcess(command, child.returncode, output)
+
+
+def _start(key: Any, job: Callable[..., Any], *arguments: Any) -> None:
+    if key not in _jobs:
+        _jobs[key] = _threads.submit(job, *arguments)
+
+
+@functools.cache
+def _lend_own_core() -> None:
+    _free_cores.release()
+
+
+def _result(key: Any) -> Any:
+    """What the job gave, once it has. A process that waits runs no tests: its core is the children's from then on."""
+    if not _jobs[key].done():
+        _lend_own_core()
+    return _jobs[key].result()
+
+
+def start_children(items: Iterable[Any]) -> None:
+    """Start the child processes whose results the tests ``items`` read, as many at a time as there are cores."""
+    orders: dict[Target, tuple[set[str], set[str]]] = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path.stem == "test_interpreter":
+            _start(INTERPRETER, _run_interpreter, 900)
+        elif item.path.stem == "test_compile" and params:
+            cases, sweeps = orders.setdefault(params.get("target", SWEEP_TARGET), (set(), set()))
+            cases.update(params[name] for name in ("case", "plain") if name in params)
+            sweeps.update({params["sweep"]} if "sweep" in params else ())
+    for target, (cases, sweeps) in orders.items():
+        _start(target, _compile_in_child, target, cases, sweeps, 600)
+
+
+def end_children() -> None:
+    """End those that run and begin no more."""
+    _ended.set()
+    _threads.shutdown(wait=False, cancel_futures=True)
+    for child in list(_running):
+        child.kill()
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Interpreter: bfloat16
@@ -174,6 +251,34 @@ def install_bf16() -> None:
 
     interpreter._patch_lang_tensor = patch_lang_tensor
 
+    # Each call of a helper patches the language of the helper's module again, which takes longer than most helpers:
+    # once a launch is enough.
+    plain_patch_lang = interpreter._patch_lang
+    patched: set[int] = set()
+
+    def patch_lang(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module in patched:
+            return None  # to a helper, which has no use for it
+        scope = plain_patch_lang(fn)
+        if not patched:  # the kernel's own, restored when its launch ends
+            plain_restore = scope.restore
+
+            def restore() -> None:
+                patched.clear()
+                plain_restore()
+
+            scope.restore = restore
+        patched.add(module)
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+    # It works out whether each sum and product of integers overflows, for an assertion that it makes in debug mode.
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Interpreter: the process
@@ -194,22 +299,21 @@ def interpreter_modules() -> list[str]:
     return sorted(path.stem for path in TESTS.glob("test_interpreter_*.py"))
 
 
-@functools.cache
-def run_interpreter_tests(limit_s: int = 900) -> tuple[dict[str, ModuleResult], str]:
+INTERPRETER = "interpreter"
+
+
+def run_interpreter_tests() -> tuple[dict[str, ModuleResult], str]:
     """Run every interpreter test in one child process; results by module, and the child's output."""
+    _start(INTERPRETER, _run_interpreter, 900)
+    return _result(INTERPRETER)
+
+
+def _run_interpreter(limit_s: int) -> tuple[dict[str, ModuleResult], str]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command += [str(TESTS / f"{module}.py") for module in interpreter_modules()]
-        child = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit_s,
-        )
+        child = _run_child(command, {**os.environ, "TRITON_INTERPRET": "1"}, limit_s)
         results: dict[str, list[list[str]]] = {}
         if report.exists():
             for case in ElementTree.parse(report).getroot().iter("testcase"):
@@ -243,13 +347,15 @@ TARGETS: tuple[Target, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """One compiled kernel of a case: bytes of spills and of shared memory, registers a thread."""
+    """One compiled kernel of a case: registers a thread, bytes of spills and of shared memory, and NVIDIA's
+    assembler's words."""
 
     kernel: str
     registers: int
     spills: int
     shared: int
     asm: str
+    log: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,23 +423,41 @@ def install_driver(backend: str, arch: int | str) -> None:
     driver.set_active(StandInDriver(backend, arch))
 
 
-def ptxas_log(ptx: str, arch: int) -> str:
-    """What the bundled assembler has to say of ``ptx``."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def keep_ptxas_logs() -> None:
+    """Have every binary's metadata hold, as ``ptxas_log``, what the assembler had to say when Triton called it.
 
-    target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(ptx)
-        source.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name, "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
+    Triton keeps the metadata in its cache with the binary, so the log is there where the binary comes from the cache.
+    """
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    knobs.nvidia.dump_ptxas_log = True
+    plain = CUDABackend.make_cubin
+
+    def make_cubin(self: Any, ptx: str, metadata: dict[str, Any], *options: Any) -> bytes:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            cubin = plain(self, ptx, metadata, *options)
+        metadata["ptxas_log"] = log.getvalue()
+        return cubin
+
+    CUDABackend.make_cubin = make_cubin
 
 
-def _ptxas_usage(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes of spills that the bundled assembler reports for ``ptx``."""
-    output = ptxas_log(ptx, arch)
-    registers = re.search(r"Used (\d+) registers", output)
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]
+def _ptxas_log(kernel: Any) -> str:
+    """What the assembler has to say of a compiled kernel; one cached by another process is assembled once more."""
+    if hasattr(kernel.metadata, "ptxas_log"):
+        return kernel.metadata.ptxas_log
+    from triton.compiler import make_backend
+
+    target, metadata = kernel.metadata.target, {}
+    make_backend(target).make_cubin(kernel.asm["ptx"], metadata, kernel.metadata, target.arch)
+    return metadata["ptxas_log"]
+
+
+def _ptxas_usage(log: str) -> tuple[int, int]:
+    """Registers a thread and bytes of spills that the assembler reports."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     return int(registers.group(1)), max(spills, default=0)
 
 
@@ -344,11 +468,12 @@ def _amdgcn_usage(asm: str) -> tuple[int, int]:
     return int(registers.group(1)), 4 * spills
 
 
-def usage(name: str, kernel: Any, backend: str, arch: int | str) -> Binary:
+def usage(name: str, kernel: Any, backend: str) -> Binary:
     """Registers, spills and shared memory of one compiled kernel, with its assembly."""
     asm = kernel.asm["ptx" if backend == "cuda" else "amdgcn"]
-    registers, spills = _ptxas_usage(asm, arch) if backend == "cuda" else _amdgcn_usage(asm)
-    return Binary(name, registers, spills, int(kernel.metadata.shared), asm)
+    log = _ptxas_log(kernel) if backend == "cuda" else ""
+    registers, spills = _ptxas_usage(log) if backend == "cuda" else _amdgcn_usage(asm)
+    return Binary(name, registers, spills, int(kernel.metadata.shared), asm, log)
 
 
 def load_compile_cases() -> Any:
@@ -360,16 +485,16 @@ def load_compile_cases() -> Any:
     return compile_cases
 
 
-def _compile_in_child(target: Target, cases: frozenset[str], sweeps: frozenset[str], limit_s: int) -> TargetResult:
+def _compile_in_child(target: Target, cases: set[str], sweeps: set[str], limit_s: int) -> TargetResult:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         order = json.dumps({"target": target, "cases": sorted(cases), "sweeps": sorted(sweeps), "answer": str(answer)})
         command = [sys.executable, str(TESTS / "triton_support.py"), order]
-        child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit_s)
+        child = _run_child(command, env, limit_s)
         if child.returncode != 0:
-            raise RuntimeError(f"compiling for {target} ended with {child.returncode}:\n{child.stderr[-4000:]}")
+            raise RuntimeError(f"compiling for {target} ended with {child.returncode}:\n{child.stdout[-4000:]}")
         found = json.loads(answer.read_text())
     cases = {
         case: Compiled(tuple(Binary(**binary) for binary in entry["binaries"]), entry["error"])
@@ -378,28 +503,12 @@ def _compile_in_child(target: Target, cases: frozenset[str], sweeps: frozenset[s
     return TargetResult(cases, {case: Swept(**entry) for case, entry in found["sweeps"].items()})
 
 
-_children = concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)))
-
-
-_started: dict[Target, concurrent.futures.Future[TargetResult]] = {}
-
-
-def start_targets(orders: dict[Target, tuple[set[str], set[str]]], limit_s: int = 600) -> None:
-    """Start compiling, side by side, one process a target: the cases and the sweeps that ``orders`` names for it.
-
-    A process is ended after ``limit_s`` seconds. A target already started is left as it is.
-    """
-    for target, (cases, sweeps) in orders.items():
-        if target not in _started:
-            _started[target] = _children.submit(_compile_in_child, target, frozenset(cases), frozenset(sweeps), limit_s)
-
-
 def compile_target(target: Target) -> TargetResult:
-    """What compiling for ``target`` gave: of the cases that :func:`start_targets` named, or of all."""
-    if target not in _started:
+    """What compiling for ``target`` gave: of the cases that the selected tests read, or of all."""
+    if target not in _jobs:
         registry = load_compile_cases()
-        start_targets({target: (set(registry.COMPILE_CASES), set(registry.SWEEP_CASES))})
-    return _started[target].result()
+        _start(target, _compile_in_child, target, set(registry.COMPILE_CASES), set(registry.SWEEP_CASES), 600)
+    return _result(target)
 
 
 # One token, few, multiples of 16 and not, more than a tile, many: what Triton might specialise on.
@@ -411,6 +520,8 @@ SWEEP_TARGET: Target = ("cuda", 90)
 def _compile_here(backend: str, arch: int | str, cases: list[str], sweeps: list[str]) -> dict[str, Any]:
     """Compile in this process, which compiles for this one target only."""
     install_driver(backend, arch)
+    if backend == "cuda":
+        keep_ptxas_logs()
     registry = load_compile_cases()
 
     from gdn_kernels import launch
@@ -426,7 +537,7 @@ def _compile_here(backend: str, arch: int | str, cases: list[str], sweeps: list[
             with launch.compile_only(target) as compiled:
                 registry.COMPILE_CASES[case]()
             unique = {id(kernel): (name, kernel) for name, kernel in compiled}
-            binaries = [dataclasses.asdict(usage(name, kernel, backend, arch)) for name, kernel in unique.values()]
+            binaries = [dataclasses.asdict(usage(name, kernel, backend)) for name, kernel in unique.values()]
         except Exception:
             error = traceback.format_exc()
         compiled_cases[case] = {"binaries": binaries, "error": error}
