@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers_support
 from token_cases import assert_same_bits
 
 from gdn_kernels import graphs, nn
@@ -361,6 +362,8 @@ def test_the_fused_layer_is_the_separate_one_with_its_rows_reordered() -> None:
 
 def test_a_layer_is_that_of_transformers() -> None:
     reason = "transformers is not installed; it is no dependency"
+    pytest.importorskip("transformers", reason=reason)
+    transformers_support.import_models()
     modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next", reason=reason)
     configuration = pytest.importorskip("transformers.models.qwen3_next.configuration_qwen3_next", reason=reason)
     config = configuration.Qwen3NextConfig(
