@@ -121,6 +121,8 @@ for dtype in (torch.bfloat16, torch.float16):
 for name in [name for name in COMPILE_CASES if name.startswith("chunk-")]:
     SPILL_BUDGET[name, "*"] = 320
     SPILL_BUDGET[name, "gfx942"] = 384
+# The scan of 128 rows, as Triton 3.9 has it assembled (--regAllocOptLevel=2); without that option 36 bytes.
+SPILL_BUDGET["chunk-bf16-128x128-32-of-128", 90] = 384
 for name in ("recurrent-fp32-128x128", "decode-fp32-128x128"):
     SPILL_BUDGET[name, "*"] = 16
 # Up to five registers with Triton 3.9.0, where ptxas stops at 128 or 168 of them for the sake of occupancy.

@@ -37,5 +37,7 @@ case("decode-step-time-last-gate-first")(lambda: run(layout="time", norm_before_
 # 3.9.0; AMD spills scalars.
 for name in [name for name in COMPILE_CASES if name.startswith("decode-step-")]:
     SPILL_BUDGET[name, 120] = 16
+# Two more as Triton 3.9.0 has it assembled (--regAllocOptLevel=2).
+SPILL_BUDGET["decode-step-fp32-128x256", 90] = 16
 for arch in ("*", 120):
     SPILL_BUDGET["decode-step-r4-fp32", arch] = 96
