@@ -39,7 +39,6 @@ TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
 ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
-_load = chunk_hopper._load
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
