@@ -259,7 +259,7 @@ def install_bf16() -> None:
     def patch_lang(fn: Any) -> Any:
         module = id(fn.__globals__)
         if module in patched:
-            return None  # to a helper, which has no use for it
+            return interpreter._LangPatchScope()  # nothing to restore
         scope = plain_patch_lang(fn)
         if not patched:  # the kernel's own, restored when its launch ends
             plain_restore = scope.restore
