@@ -255,14 +255,20 @@ class HopperScanConfig:
     num_warps: int = 4
 
 
+# More tokens than a sequence has.
+NEVER = 2**31 - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class SegmentConfig:
     """Segments of a sequence of ``long_tokens`` or more: at most ``max_segments``, each of at least ``min_tokens``; 1
-    leaves sequences whole. Their states join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+    leaves sequences whole. One of ``map_tokens`` or more is cut whatever its gates, a shorter one where they forget
+    what came before. States join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
 
     max_segments: int
     min_tokens: int
     long_tokens: int
+    map_tokens: int = NEVER
     block_v: int = 16
     num_warps: int = 8
     num_stages: int = 3
@@ -439,13 +445,15 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 # 2026-11-25, uncut and in 2, 4, 8: 4/16 1x8192 178, 191, 125, 144; 4/16 1x32768 682, -, 419, 440; 8/32 1x8192 190, 231;
 # 8/32 1x32768 732, 785, 858; 16/32 1x32768 766, 847, 820; 2/8 4x8192 204, 456, 288.
 SEGMENT_LADDER = (
-    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192)),
-    (16, SegmentConfig(max_segments=4, min_tokens=4096, long_tokens=16384)),
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
+    (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
+    (32, SegmentConfig(max_segments=2, min_tokens=4096, long_tokens=8192)),
+    (64, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),
 )
 # The same where the number of sequences may be looked at, for at most so many.
 THROUGHPUT_SEGMENT_LADDER = (
-    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096)),
-    (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192)),
+    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096, map_tokens=4096)),
+    (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
 )
 THROUGHPUT_SEQUENCES = 2
 NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)

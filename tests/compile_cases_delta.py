@@ -45,20 +45,21 @@ def chunk_case(dtype, K, V):
     )
 
 
-def plain_chunk_case(dtype, K, V, H=2, HV=4):
-    inputs = delta_inputs((2,), H=H, HV=HV, K=K, V=V, dtype=dtype)
+def plain_chunk_case(dtype, K, V, H=2, HV=4, tokens=2):
+    inputs = delta_inputs((tokens,), H=H, HV=HV, K=K, V=V, dtype=dtype)
     chunk.chunk_gated_delta_rule(*inputs.tensors, initial_state=inputs.initial_state)
 
 
 def segments_case(K, V, tokens=4100, *, has_slots):
     # the chooser cuts nothing but for sm_90: elsewhere its own tile, and as many segments
     config = launch.config("chunk_segments", 8, V, launch.target(torch.device("cpu")))
-    config = dataclasses.replace(config, max_segments=8, min_tokens=1024, long_tokens=1024)
+    config = dataclasses.replace(config, max_segments=8, min_tokens=1024, long_tokens=1024, map_tokens=1024)
     cu_seqlens = torch.tensor([0, tokens, tokens], dtype=torch.int32) if has_slots else None
     num_maps = chunk_segments.num_maps(2, tokens, cu_seqlens, config)
     chunk_segments.combine(
         torch.empty(num_maps, 4, V + K, K),
         torch.empty(num_maps, 4, V, K),
+        torch.zeros(num_maps, 4, dtype=torch.int32),
         torch.empty(4, 4, V, K) if has_slots else None,
         cu_seqlens=cu_seqlens,
         count=2,
@@ -68,6 +69,13 @@ def segments_case(K, V, tokens=4100, *, has_slots):
         pad_slot_id=-1,
         config=config,
     )
+
+
+def cut_chunk_case():
+    """A long sequence in segments, where the architecture's scan walks them: the map pass, the joining, the scan."""
+    config = launch.SegmentConfig(max_segments=2, min_tokens=64, long_tokens=128, map_tokens=128)
+    with launch.pinned("chunk_segments", config):
+        plain_chunk_case(torch.bfloat16, 128, 128, tokens=130)
 
 
 def recurrent_case(state_dtype, K, V, rounding_seed=None):
@@ -107,6 +115,7 @@ sweep("segments")(lambda T: segments_case(64, 64, T, has_slots=True))
 case("chunk-fp16-128x128-plain")(lambda: plain_chunk_case(torch.float16, 128, 128))
 # Four value heads a program of the inverses, and on sm_90 programs of 128 rows of the state.
 case("chunk-bf16-128x128-32-of-128")(functools.partial(plain_chunk_case, torch.bfloat16, 128, 128, 32, 128))
+case("chunk-bf16-128x128-segments")(cut_chunk_case)
 for dtype, (K, V) in itertools.product((torch.bfloat16, torch.float32), ((64, 64), (128, 128), (256, 256))):
     case(f"recurrent-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: recurrent_case(dtype, K, V))
     case(f"decode-{SHORT[dtype]}-{K}x{V}")(lambda dtype=dtype, K=K, V=V: decode_case(dtype, K, V))

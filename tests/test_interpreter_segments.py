@@ -21,7 +21,9 @@ LENGTHS = (0, 1, 2048, 63, 5000, 64, 1023, 0, 1024, 1025, 9000, 2047, 3001)
 def settings(max_segments, min_tokens=1024, long_tokens=None):
     """Sequences of two shortest segments are long already, where no other bound is named."""
     long_tokens = 2 * min_tokens if long_tokens is None else long_tokens
-    return launch.SegmentConfig(max_segments, min_tokens, long_tokens, block_v=32, num_warps=4, num_stages=2)
+    return launch.SegmentConfig(
+        max_segments, min_tokens, long_tokens, long_tokens, block_v=32, num_warps=4, num_stages=2
+    )
 
 
 def offsets(lengths, first=0):
@@ -152,9 +154,11 @@ def segment_maps(count, HV, V, K, gates, seed=0):
 
 
 def check(
-    lengths, config, gates, *, HV=2, V=64, K=64, initial=None, read=None, known=None, dense=False, first=0, some=True
-):
-    """Run ``combine`` and compare every start with fp64; what is not one keeps its NaN. ``some``: there is one."""
+    lengths, config, gates, *, HV=2, V=64, K=64, initial=None, read=None, known=None, dense=False, first=0, some=True,
+    forgotten=0.0,
+):  # fmt: skip
+    """Run ``combine`` and compare every start with fp64; what is not one keeps its NaN. ``some``: there is one.
+    ``forgotten``: of so many of the maps and heads the start is there and the map is not."""
     count = len(lengths)
     cu_seqlens = None if dense else offsets(lengths, first)
     tokens = lengths[0] if dense else int(cu_seqlens[-1])
@@ -171,11 +175,17 @@ def check(
         used[number : number + len(found) - 1] = True
     assert used.sum() == sum(len(found) - 1 for found in parts)
     maps[~used] = torch.nan
-    given = maps.clone()
     starts = torch.full((num_maps, HV, V, K), torch.nan)
+    forgets = torch.rand(num_maps, HV, generator=torch.Generator().manual_seed(3)) < forgotten
+    forgets &= used[:, None]
+    there = maps[:, :, :V][forgets]
+    maps[forgets] = torch.nan
+    starts[forgets] = there
+    given = maps.clone()
     chunk_segments.combine(
         maps,
         starts,
+        forgets.to(torch.int32),
         initial,
         cu_seqlens=cu_seqlens,
         count=count,
@@ -186,6 +196,7 @@ def check(
         config=config,
     )
     wanted = torch.full(starts.shape, torch.nan, dtype=torch.float64)
+    wanted[forgets] = there.double()
     for n, number in enumerate(firsts):
         slot = n if read is None else read[n]
         if read is not None and not 0 <= slot < initial.shape[0]:
@@ -193,13 +204,9 @@ def check(
         S = torch.zeros(HV, V, K, dtype=torch.float64)
         if initial is not None and (known is None or known[n]):
             S = initial[slot].double()
-        if len(parts[n]) > 1:
-            # the first segment's start is left where its map's B was
-            assert torch.equal(maps[number, :, :V], S.float()), n
-            maps[number, :, :V] = given[number, :, :V]
         for j in range(len(parts[n]) - 1):
             B, A = given[number + j].double().split([V, K], dim=1)
-            S = S @ A + B
+            S = torch.where(forgets[number + j, :, None, None], wanted[number + j], S @ A + B)
             wanted[number + j] = S
     assert torch.equal(maps.nan_to_num(), given.nan_to_num())
     written = ~wanted.isnan()
@@ -218,6 +225,42 @@ STATES = torch.randn(6, 2, 64, 64, generator=torch.Generator().manual_seed(1))
 def test_starts_match_the_maps_in_sequence(gates, max_segments):
     lengths = (64, 5 * 64, 0, 700, 20 * 64 + 1, 127)
     check(lengths, settings(max_segments, 64), gates, initial=STATES)
+
+
+@pytest.mark.parametrize("forgotten", [0.4, 1.0])
+@pytest.mark.parametrize("max_segments", [2, 8])
+def test_starts_that_are_there_are_left_alone(max_segments, forgotten):
+    lengths = (64, 5 * 64, 0, 700, 20 * 64 + 1, 127)
+    check(lengths, settings(max_segments, 64), "none", initial=STATES, forgotten=forgotten)
+    check((5 * 64,) * 3, settings(max_segments, 64), "none", initial=STATES, dense=True, forgotten=forgotten)
+
+
+@triton.jit
+def remembered_kernel(out_ptr, factor_ptr, first_ptr, chunks_ptr, HV: tl.constexpr, FACTORS: tl.constexpr):
+    i = tl.program_id(0)
+    first = tl.load(first_ptr + i)
+    found = chunk_segments.remembered(factor_ptr, first, tl.load(chunks_ptr + i), HV, FACTORS)
+    tl.store(out_ptr + i, found)
+
+
+def test_the_last_chunks_that_forget_what_came_before():
+    """Against a count in Python; nothing past a chunk's last gate is read, and no chunk of another head or segment."""
+    HV, FACTORS, places = 3, 4, 40
+    random = torch.Generator().manual_seed(4)
+    totals = -torch.randint(0, 12, (places, HV), generator=random).float()
+    totals[20:30, 1] = 0
+    totals[35, 2] = torch.nan
+    factors = torch.full((places, HV, FACTORS, 64), torch.nan)
+    factors[:, :, 0, 63] = totals
+    cases = [(place, hv, chunks) for hv in range(HV) for place in range(0, 31, 3) for chunks in (0, 1, 7, 8, 9, 10)]
+    first = torch.tensor([place * HV + hv for place, hv, _ in cases])
+    out = torch.full((len(cases),), -7, dtype=torch.int32)
+    chunks = torch.tensor([case[2] for case in cases], dtype=torch.int32)
+    remembered_kernel[(len(cases),)](out, factors, first, chunks, HV, FACTORS)
+    for (place, hv, count), found in zip(cases, out.tolist(), strict=True):
+        sums = totals[place : place + count, hv].flip(0).cumsum(0).tolist()
+        assert found == next((i + 1 for i, total in enumerate(sums) if total <= -32), 0), (place, hv, count)
+    assert len(set(out.tolist())) > 4
 
 
 def test_without_an_initial_state():
@@ -268,9 +311,12 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     def run(maps, cu_seqlens, initial):
         starts = torch.zeros(maps.shape[0], 2, 64, 64)
+        forgets = torch.zeros(maps.shape[0], 2, dtype=torch.int32)
         options = {"read": None, "has_initial_state": None, "pad_slot_id": -1, "config": config}
         count, tokens = cu_seqlens.shape[0] - 1, int(cu_seqlens[-1])
-        chunk_segments.combine(maps, starts, initial, cu_seqlens=cu_seqlens, count=count, tokens=tokens, **options)
+        chunk_segments.combine(
+            maps, starts, forgets, initial, cu_seqlens=cu_seqlens, count=count, tokens=tokens, **options
+        )
         return starts
 
     together = run(maps.clone(), cu_seqlens, STATES)
@@ -290,20 +336,3 @@ def test_no_sequence_and_short_ones_have_no_maps():
     assert chunk_segments.num_maps(0, 9000, None, config) == 0
     assert chunk_segments.num_maps(3, config.long_tokens - 1, offsets((1, 2, 3)), config) == 0
     assert chunk_segments.num_maps(3, config.long_tokens, offsets((1, 2, 3)), config) > 0
-
-
-def test_joining_keeps_the_first_state_where_the_first_map_was():
-    config = settings(4, 256)
-    cu_seqlens = offsets((1100, 700))
-    num_maps = chunk_segments.num_maps(2, 1800, cu_seqlens, config)
-    maps, starts = torch.randn(num_maps, 2, 128, 64) / 16, torch.full((num_maps, 2, 64, 64), torch.nan)
-    before, pool = maps.clone(), torch.randn(3, 2, 64, 64)
-    chunk_segments.combine(
-        maps, starts, pool, cu_seqlens=cu_seqlens, count=2, tokens=1800, read=torch.tensor([2, 0], dtype=torch.int32),
-        has_initial_state=torch.tensor([True, False]), pad_slot_id=-1, config=config,
-    )  # fmt: skip
-    first = 1100 // config.min_tokens
-    assert torch.equal(maps[0, :, :64], pool[2]) and torch.equal(maps[first, :, :64], torch.zeros(2, 64, 64))
-    assert torch.equal(maps[:, :, 64:], before[:, :, 64:])
-    others = [j for j in range(num_maps) if j not in (0, first)]
-    assert torch.equal(maps[others], before[others])

@@ -14,7 +14,7 @@ from gdn_kernels import launch
 pytestmark = pytest.mark.gpu
 
 BUDGET = 5e-3
-SEGMENTS = launch.SegmentConfig(max_segments=8, min_tokens=256, long_tokens=512)
+SEGMENTS = launch.SegmentConfig(max_segments=8, min_tokens=256, long_tokens=512, map_tokens=512)
 SHAPES = {"64x64": (64, 64), "128x128": (128, 128), "128x64": (128, 64), "64x128": (64, 128)}
 
 
@@ -98,6 +98,61 @@ def test_chunks_on_either_side_of_strong_decay(dtype, decay):
         check(inputs, *run(inputs))
     with launch.pinned("chunk_segments", dataclasses.replace(SEGMENTS, min_tokens=64, long_tokens=128)):
         check(inputs, *run(inputs))
+
+
+# log2 of what a segment of 9 chunks decays by: 32 is what makes it forget where it started
+@pytest.mark.parametrize("size", ["narrow", "wide"])
+@pytest.mark.parametrize("map_tokens", [1024, 2048, launch.NEVER])
+@pytest.mark.parametrize("decays", [(0.0, 31.9, 32.1, 0.0), (250.0, 33.0, 64.1, 500.0), (0.5, 0.0, 31.0, 8.0)], ids=str)
+def test_segments_that_forget_beside_those_that_do_not(decays, map_tokens, size):
+    lengths = (2200, 0, 100, 1024)
+    inputs = delta_inputs(lengths, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", padding=3)
+    inputs.g[:] = torch.tensor(decays, device="cuda") * (-0.6931471805599453 / 576)
+    # one head changes from segment to segment: it forgets in the second and remembers in the others
+    inputs.g[:, :2200, 3] = 0.0
+    inputs.g[:, 1000:1024, 3] = -1.5
+    config = launch.SegmentConfig(max_segments=4, min_tokens=512, long_tokens=1024, map_tokens=map_tokens)
+    scan, maps = launch.HOPPER_SCAN_WIDE, launch.HOPPER_MAP_WIDE
+    if size == "narrow":
+        scan, maps = launch.HOPPER_SCAN_NARROW, launch.HOPPER_MAP_NARROW
+    with launch.pinned("chunk_segments", config):
+        with launch.pinned("chunk_map", maps), launch.pinned("chunk_hopper_scan", scan):
+            o, state = run(inputs)
+            check(inputs, o, state)
+            again = run(inputs)
+        other = run(inputs)
+        # in place, in slots out of order
+        pool = torch.full((6, 4, 128, 128), torch.nan, device="cuda")
+        slots = torch.tensor([5, -1, 0, 3], dtype=torch.int32, device="cuda")
+        pool[[5, 0, 3]] = inputs.initial_state[[0, 2, 3]]
+        out = torch.full_like(inputs.v, torch.nan)
+        gdn_kernels.chunk_gated_delta_rule_paged(*inputs.tensors, pool, out, slots, inputs.cu_seqlens)
+    assert torch.equal(o, again[0]) and torch.equal(state, again[1])
+    assert torch.equal(o, other[0]) and torch.equal(state, other[1])
+    assert torch.equal(o, out) and torch.equal(state[[0, 2, 3]], pool[[5, 0, 3]]) and pool[[1, 2, 4]].isnan().all()
+
+
+def test_heads_that_do_not_forget_are_walked_whole():
+    inputs = delta_inputs((2200, 1100), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, device="cuda", gates="none")
+    inputs.g[:, :, 1] = -0.001
+    found = []
+    for config in (launch.NO_SEGMENTS, launch.SegmentConfig(max_segments=4, min_tokens=512, long_tokens=1024)):
+        with launch.pinned("chunk_segments", config):
+            found.append(run(inputs))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_a_segment_that_forgets_starts_from_its_last_chunks():
+    # a chunk decays by 2^-8, so the last four of a segment are what the next one starts from, and no other
+    inputs = delta_inputs((1024,), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, device="cuda", gates="none")
+    inputs.g[:] = -8 * 0.6931471805599453 / 64
+    with launch.pinned("chunk_segments", launch.SegmentConfig(max_segments=2, min_tokens=512, long_tokens=1024)):
+        o, state = run(inputs)
+    check(inputs, o, state)
+    last = [x[:, 256:].contiguous() for x in inputs.tensors]
+    with launch.pinned("chunk_segments", launch.NO_SEGMENTS):
+        wanted, wanted_state = gdn_kernels.chunk_gated_delta_rule(*last)
+    assert torch.equal(o[:, 512:], wanted[:, 256:]) and torch.equal(state, wanted_state)
 
 
 def test_throughput_leaves_full_batches_whole():

@@ -217,6 +217,8 @@ def _launch(
             **gates,
         )
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
+        # of sequences that are cut each segment has a state
+        states = count * HV * (segments.max_segments if tokens >= segments.long_tokens else 1)
         chunk_hopper.scan(
             q,
             k,
@@ -227,7 +229,7 @@ def _launch(
             initial,
             final,
             scale=scale,
-            config=launch.config("chunk_hopper_scan", V, count * HV),
+            config=launch.config("chunk_hopper_scan", V, states),
             map_config=launch.config("chunk_map", K, V),
             segments=segments,
             cu_seqlens=cu_seqlens,

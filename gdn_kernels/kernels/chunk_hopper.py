@@ -21,6 +21,7 @@ A map pass runs segments without output, from a zero state and, without values, 
 kernels/chunk_segments.py says what for.
 """
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -42,6 +43,7 @@ SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
 # Elements of a packed Y: its upper 32 rows, then the right half of its lower ones.
 PACKED = gl.constexpr(32 * 64 + 32 * 32)
+NEVER = gl.constexpr(launch.NEVER)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
@@ -55,7 +57,10 @@ _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
+cut = gluon.jit(chunk_segments.cut.fn)
 first_map = gluon.jit(chunk_segments.first_map.fn)
+number_of_first = gluon.jit(chunk_segments.number_of_first.fn)
+remembered = gluon.jit(chunk_segments.remembered.fn)
 
 
 @gluon.jit
@@ -78,23 +83,30 @@ def store_rows(tiles, end, length, row, column, source):
 def work_of(
     item, batch,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    IS_MAP: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
-    """What number ``item`` of a launch is: rows of one head's state, along one sequence or segment.
+    """What number ``item`` of a launch is: rows of one head's state, along one sequence, or some of its segments.
 
     Returns, for every role: whether the sequence has a slot, first chunk and chunks of 64 tokens, the token past the
     sequence's end, its length, the value head, the first row of its state, and number of the first chunk in scratch.
-    For the state: the sequence, its segment's map, whether a segment comes before and whether it is the last, slots to
-    read and to write, whether it starts from the slot and keeps the state it ends with.
+    For the state: the sequence, the map of its first segment here, whether a segment comes before and whether the last
+    is here, slots to read and to write, whether it starts from the slot and keeps the state it ends with, and the place
+    of what the sequence starts from. Of a map instead: whether the segment exists, and whether it is walked for its
+    last chunks alone, which forget what came before.
     """
-    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id = batch
-    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, forgets_ptr, first_ptr = batch[:7]
+    N, T, num_slots, pad_slot_id = batch[7:]
+    HAS_MAPS: gl.constexpr = MAP_TOKENS != NEVER
+    BLOCKS: gl.constexpr = (V + K if IS_MAP and HAS_MAPS else V) // (PARTS * C)
     first_row = (item % BLOCKS) * (PARTS * C)
     hv = (item // BLOCKS) % HV
     n = (item // (BLOCKS * HV)).to(gl.int64)
-    before = n
+    number = n
+    first_number = n
     later = item < 0
     is_last = item >= 0
+    exists = is_last
     first_chunk = item * 0
     if MAX_SEGMENTS > 1:
         place_of_segment = n
@@ -103,10 +115,31 @@ def work_of(
         n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
             cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
         )
+        exists = segment < segments
         is_last = segment == segments - 1
         later = segment > 0
+        number = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment
+        first_number = number_of_first(cu_seqlens_ptr, n, start, LONG_TOKENS)
         if not IS_MAP:
-            before = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment
+            if (chunks > 0) & (segments > 1) & (length < MAP_TOKENS):
+                # a segment that starts from what is not forgotten is walked with the one before it
+                starts_here = not later
+                if later:
+                    starts_here = gl.load(forgets_ptr + (number - 1) * HV + hv) != 0
+                if starts_here:
+                    end = segment
+                    ends = is_last
+                    while not ends:
+                        ends = gl.load(forgets_ptr + (number + (end - segment)) * HV + hv) != 0
+                        if not ends:
+                            end += 1
+                            ends = end == segments - 1
+                    is_last = end == segments - 1
+                    _, per_segment = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+                    chunks = gl.minimum((end + 1) * per_segment, (length + C - 1) // C) - first_chunk
+                else:
+                    is_last = starts_here
+                    chunks = chunks * 0
     else:
         row, start, length = span(cu_seqlens_ptr, n, T)
         chunks = (length + C - 1) // C
@@ -114,24 +147,32 @@ def work_of(
         place = start // C + n
     else:
         place = n * ((T + C - 1) // C)
-    end = (row * T + start + length).to(gl.int32)
+    end_token = (row * T + start + length).to(gl.int32)
     chunk_number = ((place + first_chunk) * HV + hv).to(gl.int32)
+    read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
+    forgets = item < 0
     if IS_MAP:
-        read = n
-        write = n
-        active = chunks > 0
-        keep = active
-        known = active
+        known = known & exists & (not later) & (first_row < V)
+        found = remembered(factor_ptr, chunk_number.to(gl.int64), chunks, HV, FACTORS)
+        forgets = found > 0
+        # nothing of the identity is left
+        keep = exists & (first_row < V)
+        if forgets:
+            first_chunk += chunks - found
+            chunk_number += (chunks - found) * HV
+            chunks = found
+        else:
+            keep = exists & (length >= MAP_TOKENS)
+        active = keep
     else:
-        read, write, active, keep, known = slots(
-            read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id
-        )
-        # the joining keeps the start of a first segment of several, whose slot may be written while it runs
-        known = known & (not later) & is_last
+        # the map pass keeps the start of a first segment of several, whose slot may be written while it runs
+        if first_ptr is not None:
+            known = known & is_last
+        known = known & (not later)
         keep = keep & is_last
     return (
-        active, first_chunk, chunks, end, length, hv, first_row, chunk_number,
-        n, before, later, is_last, read, write, known, keep,
+        active, first_chunk, chunks, end_token, length, hv, first_row, chunk_number,
+        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets,
     )  # fmt: skip
 
 
@@ -139,8 +180,8 @@ def work_of(
 def loader(
     tensors, tiles, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
-    STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
     q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles = tensors
@@ -149,7 +190,7 @@ def loader(
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP)
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
         has_values = first_row < V
         q_column = hv // (HV // H) * K
@@ -197,8 +238,8 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
 def auxiliary(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, STAGES: gl.constexpr,
-    FACTORS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
     earlier chunk's output, two chunks behind so that no P waits for it."""
@@ -211,7 +252,7 @@ def auxiliary(
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, False)
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
         v_column = hv * V + first_row
         if active:
@@ -261,7 +302,7 @@ def auxiliary(
 def output(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
     STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
@@ -279,7 +320,7 @@ def output(
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, False)
+        work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -328,8 +369,8 @@ def output(
 def state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
-    STAGES: gl.constexpr, PART: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the state along the chunks, for one item after another."""
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
@@ -338,7 +379,8 @@ def state(
             S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
         else:
             p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles[7:]
-    initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
+    initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
+    forgets_ptr, first_ptr = batch[5:7]
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -352,9 +394,9 @@ def state(
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP)
+        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
-        n, before, later, is_last, read, write, known, keep = work[8:]
+        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets = work[8:]
         has_values = first_row < V
         rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
         inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
@@ -367,19 +409,26 @@ def state(
             checkpoint += first_chunk // checkpoint_chunks
 
         S = gl.zeros([C, K], gl.float32, wide)
+        if initial_ptr is not None:
+            if known:
+                S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
         if IS_MAP:
+            if first_ptr is not None:
+                if exists & (not later) & has_values:
+                    gl.store(first_ptr + (first_number * HV + hv) * (V * K) + inner, S)
+            if PART == 0:
+                if exists & (first_row == 0):
+                    gl.store(forgets_ptr + number * HV + hv, forgets.to(gl.int32))
+            S = gl.zeros([C, K], gl.float32, wide)
             if not has_values:
                 diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
                 S = gl.where(diagonal, 1.0, S)
-        else:
-            if start_ptr is not None:
-                if later:
-                    S = gl.load(start_ptr + ((before - 1) * HV + hv) * (V * K) + inner)
-                elif not is_last:
-                    S = gl.load(map_ptr + (before * HV + hv) * ((V + K) * K) + inner)
-            if initial_ptr is not None:
-                if known:
-                    S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
+        elif start_ptr is not None:
+            if later:
+                S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
+            if first_ptr is not None:
+                if not (later | is_last):
+                    S = gl.load(first_ptr + (first_number * HV + hv) * (V * K) + inner)
         S16 = S.to(dtype)
         if HAS_OUTPUT:
             o = gl.zeros([C, C], dtype, narrow)
@@ -465,23 +514,26 @@ def state(
                     mbarrier.arrive(free.index((turn - 1) % STAGES))
         if keep:
             if IS_MAP:
-                final = ((item // ((V + K) // (PARTS * C) * HV)).to(gl.int64) * HV + hv) * ((V + K) * K)
+                to = start_ptr + (number * HV + hv) * (V * K)
+                if final_ptr is not None:
+                    if not forgets:
+                        to = final_ptr + (number * HV + hv) * ((V + K) * K)
             else:
-                final = write * stride_final + hv * (V * K)
-            gl.store(final_ptr + final + inner, S.to(final_ptr.dtype.element_ty))
+                to = final_ptr + (write * stride_final + hv * (V * K))
+            gl.store(to + inner, S.to(to.dtype.element_ty))
 
 
 @gluon.jit
 def first_state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, IS_MAP: gl.constexpr,
-    STAGES: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
         tiles, pointers, strides, batch, items,
-        HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 0,
+        HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 0,
     )  # fmt: skip
     return (items,)
 
@@ -498,7 +550,6 @@ def hopper_scan_kernel(
     o_ptr,
     initial_ptr,
     start_ptr,
-    map_ptr,
     final_ptr,
     checkpoint_ptr,
     cu_seqlens_ptr,
@@ -506,6 +557,9 @@ def hopper_scan_kernel(
     write_ptr,
     has_initial_ptr,
     checkpoint_offset_ptr,
+    factor_ptr,
+    forgets_ptr,
+    first_ptr,
     N: gl.int32,
     T: gl.int32,
     items: gl.int32,
@@ -526,6 +580,7 @@ def hopper_scan_kernel(
     MAX_SEGMENTS: gl.constexpr,
     MIN_TOKENS: gl.constexpr,
     LONG_TOKENS: gl.constexpr,
+    MAP_TOKENS: gl.constexpr,
     IS_MAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -535,7 +590,8 @@ def hopper_scan_kernel(
 ):
     """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment; one such item after another.
 
-    As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final``.
+    As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final`` or, where
+    the segment forgets what came before it, ``[V, K]`` to ``start``; and which of both to ``forgets``.
     """
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
@@ -584,48 +640,51 @@ def hopper_scan_kernel(
     fence_async_shared()
 
     # sizes stay out of these tuples, where they would no longer be constants
-    batch = (cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, N, T, num_slots, pad_slot_id)
+    batch = (
+        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, forgets_ptr, first_ptr,
+        N, T, num_slots, pad_slot_id,
+    )  # fmt: skip
     tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles)
     tiles = loaded + own
-    pointers = (initial_ptr, start_ptr, map_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr)
+    pointers = (initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr)
     strides = (stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks)
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
+                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
             (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS, 0)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 0)),
             (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS, 1)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES)),
+                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, 1)),
+                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
             (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V, PARTS,
-                         MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, STAGES, FACTORS)),
+                         MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
@@ -709,19 +768,26 @@ def scan(
         *packed_tiles(y, CHUNK),
         launch.descriptor(factors, [factors.numel()], [1], [kinds * CHUNK], _layout(factors, (kinds * CHUNK,))),
     )
-    maps = starts = None
+    num_slots = final.shape[0]
+    maps = starts = forgets = firsts = None
     num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
+    has_maps = num_maps > 0 and segments.map_tokens != launch.NEVER
+    slots = {"read": read, "has_initial_state": has_initial_state}
     if num_maps:
-        maps = launch.empty(factors, num_maps, HV, V + K, K)
         starts = launch.empty(factors, num_maps, HV, V, K)
+        forgets = launch.empty(factors, num_maps, HV, dtype=torch.int32)
+        if has_maps:
+            maps = launch.empty(factors, num_maps, HV, V + K, K)
+        if read is not None:
+            firsts = launch.empty(factors, chunk_segments.num_firsts(count, tokens, cu_seqlens, segments), HV, V, K)
 
     processors = launch.multiprocessors(q.device)
     # of few sequences in segments some programs would get more than others: there the hardware hands out the items
     spread = num_maps > 0 and count * HV * (V // CHUNK) < 2 * processors
 
-    def start(config, initial, final, is_map, **tensors):
+    def start(config, final, is_map, **tensors):
         rows = config.parts * CHUNK
-        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map else V) // rows)
+        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map and has_maps else V) // rows)
         launch.run(
             hopper_scan_kernel,
             (items if spread else min(items, processors),),
@@ -729,24 +795,26 @@ def scan(
             tiles_of(v, rows),
             tiles_of(o, rows),
             o,
-            initial,
-            tensors.get("starts"),
-            tensors.get("maps"),
+            None if is_map and firsts is None else initial,
+            starts,
             final,
             tensors.get("checkpoints"),
             cu_seqlens,
             *(tensors.get(name) for name in ("read", "write", "has_initial_state", "checkpoint_offsets")),
+            factors if is_map else None,
+            forgets,
+            firsts,
             count,
             tokens,
             items,
-            final.shape[0],
+            num_slots,
             pad_slot_id,
             0 if checkpoints is None else checkpoints.shape[0],
             checkpoint_interval // CHUNK,
             _step(o),
             o.stride(2),
             0 if initial is None else initial.stride(0),
-            final.stride(0),
+            0 if is_map else final.stride(0),
             0 if checkpoints is None else checkpoints.stride(0),
             scale,
             config=config,
@@ -757,6 +825,7 @@ def scan(
             MAX_SEGMENTS=segments.max_segments if num_maps else 1,
             MIN_TOKENS=segments.min_tokens,
             LONG_TOKENS=segments.long_tokens,
+            MAP_TOKENS=segments.map_tokens,
             IS_MAP=is_map,
             PARTS=config.parts,
             STAGES=config.stages,
@@ -766,29 +835,26 @@ def scan(
         )
 
     if num_maps:
-        start(map_config, None, maps, True)
+        start(map_config, maps, True, **(slots if firsts is not None else {}))
+    if has_maps:
         chunk_segments.combine(
             maps,
             starts,
+            forgets,
             initial,
             cu_seqlens=cu_seqlens,
             count=count,
             tokens=tokens,
-            read=read,
-            has_initial_state=has_initial_state,
             pad_slot_id=pad_slot_id,
             config=segments,
+            **slots,
         )
     start(
         config,
-        initial,
         final,
         False,
-        starts=starts,
-        maps=maps,
         checkpoints=checkpoints,
-        read=read,
         write=write,
-        has_initial_state=has_initial_state,
         checkpoint_offsets=checkpoint_offsets,
+        **slots,
     )

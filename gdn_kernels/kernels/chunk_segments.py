@@ -8,15 +8,22 @@ because the delta rule multiplies S from the right and adds to it. A is what the
 without values, B what it makes of a zero state. A map pass finds them for every segment but a sequence's last; here
 S_j = S_{j-1} A_{j-1} + B_{j-1} gives each segment but the first its start; then all segments run at once.
 
-Where a sequence is cut depends on its own length and static facts alone, so the rest of a batch changes none of its
-bits. Programs have places, without a plan from the host: place n < N is the last segment of sequence n, or all of it;
-N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN places serve every batch of N sequences
-in T tokens, those past N hold the segments that have a map, and maps and starts are numbered from there.
+Most heads forget: where a segment's last chunks alone decay a state to 2^-32, it ends with what those chunks make of a
+zero state, whatever came before. The map pass then walks no other chunks, forms no A, and writes where the next segment
+starts; the joining passes over it. Sequences of less than MAP tokens have no other maps: they are cut where a head
+forgets, and elsewhere two segments are walked as one, for a map costs more there than it saves.
 
-maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; both fp32, K
-last. The joining leaves the first segment's start where the first map's B was: a pool's slot may be written by a
-sequence's last segment before its first has read it. The products are of fp32 operands in three products of tf32 each,
-about fp32's precision: what a map loses, every later token loses.
+Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
+changes none of its bits. Programs have places, without a plan from the host: place n < N is the last segment of
+sequence n, or all of it; N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN places serve
+every batch of N sequences in T tokens, those past N hold the segments that have a map, and maps and starts are numbered
+from there.
+
+maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; forgets
+[segment, HV] whether it is there without a map; firsts, of sequences cut, [cu_seqlens[n] // LONG, HV, V, K] what a
+sequence starts from: a pool's slot may be written by its last segment before its first has read it. States are fp32, K
+last. The products of the joining are of fp32 operands in three products of tf32 each, about fp32's precision: what a
+map loses, every later token loses.
 
 Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
 """
@@ -28,6 +35,10 @@ from gdn_kernels import launch
 from gdn_kernels.kernels.recurrent import slots, span
 
 C = tl.constexpr(64)
+# log2 of the decay of what counts as forgotten: fp32 rounds off 256 times more
+FORGOTTEN = tl.constexpr(-32.0)
+# Chunks whose decay is asked for at once.
+AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -50,6 +61,15 @@ def first_map(cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr,
     else:
         segments, _ = cut(T, MAX, MIN, LONG)
         number = n * (segments - 1)
+    return number
+
+
+@triton.jit
+def number_of_first(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
+    """Where the start of sequence ``n``, of LONG tokens or more, has its place in firsts."""
+    number = n
+    if cu_seqlens_ptr is not None:
+        number = start // LONG
     return number
 
 
@@ -94,6 +114,26 @@ def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr
 
 
 @triton.jit
+def remembered(factor_ptr, first, chunks, HV: tl.constexpr, FACTORS: tl.constexpr):
+    """How many of the last of ``chunks`` chunks decay a state to what counts as forgotten; 0 if they all do not.
+
+    ``first``, an int64, numbers the first chunk and its head in ``factor_ptr`` [places, HV, FACTORS, C], whose first
+    row is the gates summed within the chunk, in log2. Only scalars, for Gluon too.
+    """
+    total = 0.0
+    walked = chunks * 0
+    found = chunks * 0
+    while (found == 0) & (walked < chunks):
+        for _ in tl.static_range(AT_ONCE):
+            left = chunks - 1 - walked
+            last = factor_ptr + (first + left * HV) * (FACTORS * C) + (C - 1)
+            total += tl.load(last, mask=left >= 0, other=0.0)
+            walked += 1
+            found = tl.where((found == 0) & (total <= FORGOTTEN), walked, found)
+    return found
+
+
+@triton.jit
 def long_sequence(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
     """The sequence of LONG tokens or more that token ``number`` * LONG, an int64, is the first such multiple of; -1 if
     there is none. So T / LONG numbers, rounded up, find every one of them, and each once."""
@@ -120,6 +160,7 @@ def long_sequence(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
 def combine_kernel(
     maps_ptr,
     starts_ptr,
+    forgets_ptr,
     initial_ptr,
     cu_seqlens_ptr,
     read_ptr,
@@ -137,13 +178,14 @@ def combine_kernel(
     MIN_TOKENS: tl.constexpr,
     LONG_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAP_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_V rows of one head's state, along the segments of one sequence."""
+    """BLOCK_V rows of one head's state, along the segments of one sequence of MAP_TOKENS or more."""
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
-    n = long_sequence(cu_seqlens_ptr, (pid // (V // BLOCK_V * HV)).to(tl.int64), N, T, LONG_TOKENS)
+    n = long_sequence(cu_seqlens_ptr, (pid // (V // BLOCK_V * HV)).to(tl.int64), N, T, MAP_TOKENS)
     if n < 0:
         return
 
@@ -160,19 +202,20 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
-            S_first = S
             first = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+            numbers = tl.arange(0, triton.next_power_of_2(MAX_SEGMENTS))
+            forgets = tl.load(forgets_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
+            joined = tl.where(tl.min(forgets, 0) == 0, segments - 1, 0)
             # maps do not wait for the state: they are loaded ahead of it
-            for j in tl.range(0, segments - 1, num_stages=STAGES):
+            for j in tl.range(0, joined, num_stages=STAGES):
                 head = (first + j) * HV + hv
                 map_ptr = maps_ptr + head * ((V + K) * K)
-                A = tl.load(map_ptr + V * K + square)
-                B = tl.load(map_ptr + row * K + inner)
-                S = tl.dot(S, A, B, input_precision=PRECISION)
-                tl.store(starts_ptr + (head * V + row) * K + inner, S)
-            # in the place of the B that was read first, by this program alone
-            tl.debug_barrier()
-            tl.store(maps_ptr + (first * HV + hv) * ((V + K) * K) + row * K + inner, S_first)
+                start_ptrs = starts_ptr + (head * V + row) * K + inner
+                keeps = tl.load(forgets_ptr + head) == 0
+                A = tl.load(map_ptr + V * K + square, mask=keeps, other=0.0)
+                B = tl.load(tl.where(keeps, map_ptr + row * K + inner, start_ptrs))
+                S = tl.dot(tl.where(keeps, S, 0.0), A, B, input_precision=PRECISION)
+                tl.store(start_ptrs, S, mask=keeps)
 
 
 def num_maps(count, tokens, cu_seqlens, config):
@@ -186,15 +229,22 @@ def num_maps(count, tokens, cu_seqlens, config):
     return count * (triton.cdiv(chunks, per_segment) - 1)
 
 
-def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
-    """Write to ``starts`` what the segment after each with a map starts from; nothing for sequences without a slot."""
+def num_firsts(count, tokens, cu_seqlens, config):
+    """Sequences that may be cut, of ``count`` in ``tokens`` tokens, or each of as many."""
+    return count if cu_seqlens is None else tokens // config.long_tokens + 1
+
+
+def combine(maps, starts, forgets, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
+    """Write to ``starts`` what the segment after each with a map starts from, where ``forgets``, int32 [maps, HV], is
+    0: elsewhere it is there. Nothing for sequences without a slot."""
     HV, V, K = starts.shape[1:]
-    sequences = count if cu_seqlens is None else triton.cdiv(tokens, config.long_tokens)
+    sequences = count if cu_seqlens is None else triton.cdiv(tokens, config.map_tokens)
     launch.run(
         combine_kernel,
         (sequences * HV * (V // config.block_v),),
         maps,
         starts,
+        forgets,
         initial,
         cu_seqlens,
         read,
@@ -212,6 +262,7 @@ def combine(maps, starts, initial, *, cu_seqlens, count, tokens, read, has_initi
         MAX_SEGMENTS=config.max_segments,
         MIN_TOKENS=config.min_tokens,
         LONG_TOKENS=config.long_tokens,
+        MAP_TOKENS=config.map_tokens,
         # AMD's matrix units take fp32 as it is, and have no tf32x3
         PRECISION="ieee" if launch.target(maps.device).backend == "hip" else "tf32x3",
         STAGES=config.num_stages,
