@@ -30,6 +30,10 @@ def offsets(lengths, first=0):
     return torch.tensor([first, *lengths]).cumsum(0).to(torch.int32)
 
 
+def num_maps(count, tokens, cu_seqlens, config):
+    return (config.max_segments - 1) * chunk_segments.num_long(count, tokens, cu_seqlens, config.long_tokens)
+
+
 def cut(length, config):
     """First chunk and number of chunks of every segment of a sequence."""
     chunks = -(-length // 64)
@@ -44,7 +48,7 @@ def table_kernel(
 ):
     place = tl.program_id(0).to(tl.int64)
     n, segment, segments, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
-        cu_seqlens_ptr, place, N, T, MAX, MIN, LONG
+        cu_seqlens_ptr, place, N, T, MAX, MIN, LONG, LONG
     )
     row = out_ptr + place * 8
     tl.store(row, n)
@@ -59,7 +63,7 @@ def table_kernel(
 
 def table(cu_seqlens, count, tokens, config, extra=0):
     """What ``segment_of`` says of every place, and of ``extra`` more."""
-    places = count + chunk_segments.num_maps(count, tokens, cu_seqlens, config) + extra
+    places = count + num_maps(count, tokens, cu_seqlens, config) + extra
     out = torch.full((places, 8), -7, dtype=torch.int64)
     sizes = {"MAX": config.max_segments, "MIN": config.min_tokens, "LONG": config.long_tokens}
     table_kernel[(places,)](out, cu_seqlens, count, tokens, **sizes)
@@ -68,19 +72,17 @@ def table(cu_seqlens, count, tokens, config, extra=0):
 
 def check_table(found, lengths, config, cu_seqlens=None):
     """Every segment is at its place with its facts, those with a map in order; every other place has none."""
-    wanted, number = {}, 0
+    wanted = {}
     for n, length in enumerate(lengths):
         parts = cut(length, config)
         batch, start = (n, 0) if cu_seqlens is None else (0, int(cu_seqlens[n]))
         rows = [[n, j, len(parts), *part, batch, start, length] for j, part in enumerate(parts)]
         wanted[n] = rows.pop()
-        if cu_seqlens is not None:
-            number = start // config.min_tokens
-        for row in rows:
-            place = len(lengths) + number
+        number = n if cu_seqlens is None else start // config.long_tokens
+        for j, row in enumerate(rows):
+            place = len(lengths) + number * (config.max_segments - 1) + j
             assert place not in wanted
             wanted[place] = row
-            number += 1
     rows = found.tolist()
     assert max(wanted) < len(rows)
     for place, row in enumerate(rows):
@@ -97,7 +99,6 @@ def test_every_segment_of_a_ragged_batch_has_one_place(max_segments, long_tokens
     config = settings(max_segments, long_tokens=long_tokens)
     cu_seqlens = offsets(LENGTHS)
     tokens = int(cu_seqlens[-1]) + 7
-    assert chunk_segments.num_maps(len(LENGTHS), tokens, cu_seqlens, config) == tokens // config.min_tokens
     check_table(table(cu_seqlens, len(LENGTHS), tokens, config, extra=2), LENGTHS, config, cu_seqlens)
 
 
@@ -106,7 +107,6 @@ def test_every_segment_of_a_ragged_batch_has_one_place(max_segments, long_tokens
 @pytest.mark.parametrize("max_segments", [1, 3, 8])
 def test_rows_of_one_length_are_cut_like_a_packed_sequence(length, max_segments, long_tokens):
     config = settings(max_segments, long_tokens=long_tokens)
-    assert chunk_segments.num_maps(3, length, None, config) == 3 * (len(cut(length, config)) - 1)
     check_table(table(None, 3, length, config, extra=2), (length,) * 3, config)
 
 
@@ -118,7 +118,7 @@ def test_segments_are_whole_chunks_none_of_them_empty():
         found = cut(tokens, config)
         assert sum(chunks for _, chunks in found) == -(-tokens // 64) and all(chunks for _, chunks in found if tokens)
         assert (len(found) > 1) is (tokens >= config.long_tokens)
-        assert chunk_segments.num_maps(2, tokens, None, config) == 2 * (len(found) - 1)
+        assert num_maps(2, tokens, None, config) >= 2 * (len(found) - 1)
     lengths = (5 * 64, 300, 19 * 64 + 1, 127, 128)
     cu_seqlens = offsets(lengths)
     check_table(table(cu_seqlens, len(lengths), sum(lengths), config), lengths, config, cu_seqlens)
@@ -164,19 +164,20 @@ def check(
     tokens = lengths[0] if dense else int(cu_seqlens[-1])
     parts = [cut(length, config) for length in lengths]
     if dense:
-        firsts = [n * (len(parts[0]) - 1) for n in range(count)]
+        firsts = range(count)
     else:
-        firsts = [int(start) // config.min_tokens for start in cu_seqlens[:-1]]
-    num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, config)
-    maps = segment_maps(num_maps, HV, V, K, gates)
+        firsts = [int(start) // config.long_tokens for start in cu_seqlens[:-1]]
+    firsts = [number * (config.max_segments - 1) for number in firsts]
+    places = num_maps(count, tokens, cu_seqlens, config)
+    maps = segment_maps(places, HV, V, K, gates)
     # what is no segment's map holds NaN
-    used = torch.zeros(num_maps, dtype=torch.bool)
+    used = torch.zeros(places, dtype=torch.bool)
     for number, found in zip(firsts, parts, strict=True):
         used[number : number + len(found) - 1] = True
     assert used.sum() == sum(len(found) - 1 for found in parts)
     maps[~used] = torch.nan
-    starts = torch.full((num_maps, HV, V, K), torch.nan)
-    forgets = torch.rand(num_maps, HV, generator=torch.Generator().manual_seed(3)) < forgotten
+    starts = torch.full((places, HV, V, K), torch.nan)
+    forgets = torch.rand(places, HV, generator=torch.Generator().manual_seed(3)) < forgotten
     forgets &= used[:, None]
     there = maps[:, :, :V][forgets]
     maps[forgets] = torch.nan
@@ -307,7 +308,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     config = settings(4, 64)
     lengths = (200, 321, 64)
     cu_seqlens = offsets(lengths)
-    maps = segment_maps(chunk_segments.num_maps(3, sum(lengths), cu_seqlens, config), 2, 64, 64, "none")
+    maps = segment_maps(num_maps(3, sum(lengths), cu_seqlens, config), 2, 64, 64, "none")
 
     def run(maps, cu_seqlens, initial):
         starts = torch.zeros(maps.shape[0], 2, 64, 64)
@@ -321,9 +322,9 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     together = run(maps.clone(), cu_seqlens, STATES)
     for n, length in enumerate(lengths):
-        number, of_sequence = int(cu_seqlens[n]) // 64, len(cut(length, config)) - 1
+        number, of_sequence = int(cu_seqlens[n]) // config.long_tokens * 3, len(cut(length, config)) - 1
         alone = offsets((length,))
-        part = maps[number : number + chunk_segments.num_maps(1, length, alone, config)]
+        part = maps[number : number + num_maps(1, length, alone, config)]
         found = run(part.clone(), alone, STATES[n : n + 1])
         assert (found[:of_sequence] != 0).any() or not of_sequence
         assert torch.equal(found[:of_sequence], together[number : number + of_sequence])
@@ -332,7 +333,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 def test_no_sequence_and_short_ones_have_no_maps():
     config = settings(8)
     offsets_of_none = torch.zeros(1, dtype=torch.int32)
-    assert chunk_segments.num_maps(0, 9000, offsets_of_none, config) == 0
-    assert chunk_segments.num_maps(0, 9000, None, config) == 0
-    assert chunk_segments.num_maps(3, config.long_tokens - 1, offsets((1, 2, 3)), config) == 0
-    assert chunk_segments.num_maps(3, config.long_tokens, offsets((1, 2, 3)), config) > 0
+    assert num_maps(0, 9000, offsets_of_none, config) == 0
+    assert num_maps(0, 9000, None, config) == 0
+    assert num_maps(3, config.long_tokens - 1, offsets((1, 2, 3)), config) == 0
+    assert num_maps(3, config.long_tokens, offsets((1, 2, 3)), config) > 0

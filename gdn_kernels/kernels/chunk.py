@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
+from gdn_kernels.kernels import chunk_segments
 from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare_inverse, prepare_products
 from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
@@ -202,6 +203,11 @@ def _launch(
         y = launch.empty(q, places, HV, chunk_hopper.PACKED.value)
         # with scale / |q| a third row, and one for TMA, which takes powers of two
         factors = launch.empty(q, places, HV, 4 if use_qk_l2norm else 2, CHUNK, dtype=torch.float32)
+        segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
+        firsts = None
+        num_long = chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
+        if num_long > 0 and segments.max_segments > 1 and read is not None:
+            firsts = launch.empty(factors, num_long, HV, V, K)
         chunk_hopper_inverse.prepare_inverse(
             q,
             k,
@@ -214,11 +220,16 @@ def _launch(
             count=count,
             cu_seqlens=cu_seqlens,
             scale=scale,
+            firsts=firsts,
+            long_tokens=segments.long_tokens,
+            initial=initial,
+            read=read,
+            has_initial_state=has_initial_state,
+            pad_slot_id=pad_slot_id,
             **gates,
         )
-        segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
         # of sequences that are cut each segment has a state
-        states = count * HV * (segments.max_segments if tokens >= segments.long_tokens else 1)
+        states = count * HV * (segments.max_segments if num_long else 1)
         chunk_hopper.scan(
             q,
             k,
@@ -232,6 +243,7 @@ def _launch(
             config=launch.config("chunk_hopper_scan", V, states),
             map_config=launch.config("chunk_map", K, V),
             segments=segments,
+            firsts=firsts,
             cu_seqlens=cu_seqlens,
             count=count,
             read=read,

@@ -43,7 +43,6 @@ SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
 # Elements of a packed Y: its upper 32 rows, then the right half of its lower ones.
 PACKED = gl.constexpr(32 * 64 + 32 * 32)
-NEVER = gl.constexpr(launch.NEVER)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
@@ -58,8 +57,7 @@ span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
 cut = gluon.jit(chunk_segments.cut.fn)
-first_map = gluon.jit(chunk_segments.first_map.fn)
-number_of_first = gluon.jit(chunk_segments.number_of_first.fn)
+number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 remembered = gluon.jit(chunk_segments.remembered.fn)
 
 
@@ -89,16 +87,16 @@ def work_of(
     """What number ``item`` of a launch is: rows of one head's state, along one sequence, or some of its segments.
 
     Returns, for every role: whether the sequence has a slot, first chunk and chunks of 64 tokens, the token past the
-    sequence's end, its length, the value head, the first row of its state, and number of the first chunk in scratch.
-    For the state: the sequence, the map of its first segment here, whether a segment comes before and whether the last
-    is here, slots to read and to write, whether it starts from the slot and keeps the state it ends with, and the place
-    of what the sequence starts from. Of a map instead: whether the segment exists, and whether it is walked for its
-    last chunks alone, which forget what came before.
+    sequence's end, its length, the value head, the first row of its state, number of the first chunk in scratch, and
+    how many chunks come before the first whose output is wanted. For the state: the sequence, where the start of its
+    segment here is, whether a segment comes before and whether the last is here, slots to read and to write, whether it
+    starts from the slot and keeps the state it ends with, and the place of what the sequence starts from. Of a map
+    instead: whether the segment exists, and whether it is walked for its last chunks alone, which forget what came
+    before.
     """
     cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, forgets_ptr, first_ptr = batch[:7]
     N, T, num_slots, pad_slot_id = batch[7:]
-    HAS_MAPS: gl.constexpr = MAP_TOKENS != NEVER
-    BLOCKS: gl.constexpr = (V + K if IS_MAP and HAS_MAPS else V) // (PARTS * C)
+    BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
     first_row = (item % BLOCKS) * (PARTS * C)
     hv = (item // BLOCKS) % HV
     n = (item // (BLOCKS * HV)).to(gl.int64)
@@ -107,71 +105,75 @@ def work_of(
     later = item < 0
     is_last = item >= 0
     exists = is_last
+    forgets = later
     first_chunk = item * 0
+    ahead = item * 0
+    per_segment = item * 0
+    segment = item * 0
+    segments = item * 0
     if MAX_SEGMENTS > 1:
         place_of_segment = n
         if IS_MAP:
             place_of_segment += N
         n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
-            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS
-        )
+            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS,
+            MAP_TOKENS if IS_MAP else LONG_TOKENS,
+        )  # fmt: skip
+        _, per_segment = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
         exists = segment < segments
         is_last = segment == segments - 1
         later = segment > 0
-        number = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS) + segment
-        first_number = number_of_first(cu_seqlens_ptr, n, start, LONG_TOKENS)
-        if not IS_MAP:
-            if (chunks > 0) & (segments > 1) & (length < MAP_TOKENS):
-                # a segment that starts from what is not forgotten is walked with the one before it
-                starts_here = not later
-                if later:
-                    starts_here = gl.load(forgets_ptr + (number - 1) * HV + hv) != 0
-                if starts_here:
-                    end = segment
-                    ends = is_last
-                    while not ends:
-                        ends = gl.load(forgets_ptr + (number + (end - segment)) * HV + hv) != 0
-                        if not ends:
-                            end += 1
-                            ends = end == segments - 1
-                    is_last = end == segments - 1
-                    _, per_segment = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
-                    chunks = gl.minimum((end + 1) * per_segment, (length + C - 1) // C) - first_chunk
-                else:
-                    is_last = starts_here
-                    chunks = chunks * 0
+        number = number_of_long(cu_seqlens_ptr, n, start, MAP_TOKENS) * (MAX_SEGMENTS - 1) + segment
+        first_number = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS)
     else:
         row, start, length = span(cu_seqlens_ptr, n, T)
         chunks = (length + C - 1) // C
+    place = n * ((T + C - 1) // C)
     if cu_seqlens_ptr is not None:
         place = start // C + n
-    else:
-        place = n * ((T + C - 1) // C)
-    end_token = (row * T + start + length).to(gl.int32)
-    chunk_number = ((place + first_chunk) * HV + hv).to(gl.int32)
+    # of the sequence's first chunk, in scratch
+    place = place * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
-    forgets = item < 0
     if IS_MAP:
-        known = known & exists & (not later) & (first_row < V)
-        found = remembered(factor_ptr, chunk_number.to(gl.int64), chunks, HV, FACTORS)
+        found = remembered(factor_ptr, place + first_chunk * HV, chunks, HV, FACTORS)
         forgets = found > 0
         # nothing of the identity is left
-        keep = exists & (first_row < V)
+        keep = exists & ((first_row < V) | (not forgets))
+        active = keep
         if forgets:
             first_chunk += chunks - found
-            chunk_number += (chunks - found) * HV
             chunks = found
-        else:
-            keep = exists & (length >= MAP_TOKENS)
-        active = keep
     else:
-        # the map pass keeps the start of a first segment of several, whose slot may be written while it runs
+        if MAX_SEGMENTS > 1:
+            if exists & (segments > 1) & (length < MAP_TOKENS):
+                if later:
+                    before = place + (first_chunk - per_segment) * HV
+                    ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
+                if later & (ahead == 0):
+                    # walked with the segment before it
+                    is_last = later & (ahead > 0)
+                    chunks = chunks * 0
+                else:
+                    last = segment
+                    ends = is_last
+                    while not ends:
+                        after = place + last * per_segment * HV
+                        ends = remembered(factor_ptr, after, per_segment, HV, FACTORS) > 0
+                        if not ends:
+                            last += 1
+                            ends = last == segments - 1
+                    is_last = last == segments - 1
+                    first_chunk -= ahead
+                    chunks = gl.minimum((last + 1) * per_segment, (length + C - 1) // C) - first_chunk
+        # the start of a first segment of several is read from a copy: the slot may be written meanwhile
         if first_ptr is not None:
             known = known & is_last
         known = known & (not later)
         keep = keep & is_last
+    end = (row * T + start + length).to(gl.int32)
+    chunk_number = (place + first_chunk * HV).to(gl.int32)
     return (
-        active, first_chunk, chunks, end_token, length, hv, first_row, chunk_number,
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead,
         n, number, later, is_last, read, write, known, keep, first_number, exists, forgets,
     )  # fmt: skip
 
@@ -191,7 +193,7 @@ def loader(
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
-        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         has_values = first_row < V
         q_column = hv // (HV // H) * K
         v_column = hv * V + first_row
@@ -253,7 +255,7 @@ def auxiliary(
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
-        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
             for i in range(chunks + 2):
@@ -286,10 +288,10 @@ def auxiliary(
                     mbarrier.arrive(free.index(stage))
                 if i > 1:
                     mbarrier.wait(o_ready, (turn + i) & 1)
-                    fence_async_shared()
-                    row = (first_chunk + i - 2) * C
-                    store_rows(o_tiles, end, length, row, v_column, o_s)
-                    tma.store_wait(0)
+                    if i - 2 >= ahead:
+                        fence_async_shared()
+                        store_rows(o_tiles, end, length, (first_chunk + i - 2) * C, v_column, o_s)
+                        tma.store_wait(0)
                     mbarrier.arrive(o_free)
             turn += chunks
         else:
@@ -321,7 +323,7 @@ def output(
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
-        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
                 now = turn + i
@@ -355,8 +357,9 @@ def output(
                 # v of this chunk has been read: its tile takes o
                 v_s.index(stage).store(o.to(dtype))
                 fence_async_shared()
-                store_rows(o_tiles, end, length, (first_chunk + i) * C, hv * V + first_row, v_s.index(stage))
-                tma.store_wait(0)
+                if i >= ahead:
+                    store_rows(o_tiles, end, length, (first_chunk + i) * C, hv * V + first_row, v_s.index(stage))
+                    tma.store_wait(0)
                 mbarrier.arrive(free.index(stage))
             turn += chunks
         elif WHICH == 0:
@@ -395,8 +398,8 @@ def state(
     turn = items * 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
-        active, first_chunk, chunks, end, length, hv, first_row, chunk_number = work[:8]
-        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets = work[8:]
+        active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
+        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets = work[9:]
         has_values = first_row < V
         rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
         inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
@@ -406,29 +409,26 @@ def state(
             checkpoint = gl.load(checkpoint_offset_ptr + n).to(gl.int64)
             checkpoint_end = gl.load(checkpoint_offset_ptr + n + 1).to(gl.int64)
             checkpoint_end = gl.minimum(checkpoint_end, n * 0 + num_checkpoints)
-            checkpoint += first_chunk // checkpoint_chunks
+            checkpoint += (first_chunk + ahead) // checkpoint_chunks
 
         S = gl.zeros([C, K], gl.float32, wide)
-        if initial_ptr is not None:
-            if known:
-                S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
         if IS_MAP:
-            if first_ptr is not None:
-                if exists & (not later) & has_values:
-                    gl.store(first_ptr + (first_number * HV + hv) * (V * K) + inner, S)
             if PART == 0:
                 if exists & (first_row == 0):
                     gl.store(forgets_ptr + number * HV + hv, forgets.to(gl.int32))
-            S = gl.zeros([C, K], gl.float32, wide)
             if not has_values:
                 diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
                 S = gl.where(diagonal, 1.0, S)
-        elif start_ptr is not None:
-            if later:
-                S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
+        else:
+            if start_ptr is not None:
+                if later & (length >= MAP_TOKENS):
+                    S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
             if first_ptr is not None:
                 if not (later | is_last):
                     S = gl.load(first_ptr + (first_number * HV + hv) * (V * K) + inner)
+            if initial_ptr is not None:
+                if known:
+                    S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
         S16 = S.to(dtype)
         if HAS_OUTPUT:
             o = gl.zeros([C, C], dtype, narrow)
@@ -499,7 +499,7 @@ def state(
                     S16 = S.to(dtype)
                     mbarrier.arrive(free.index(stage))
                 if not IS_MAP and checkpoint_ptr is not None:
-                    whole = (first_chunk + i + 1) % checkpoint_chunks == 0
+                    whole = (i >= ahead) & ((first_chunk + i + 1) % checkpoint_chunks == 0)
                     due = whole & ((first_chunk + i + 1) * C <= length)
                     if due & (checkpoint >= 0) & (checkpoint < checkpoint_end):
                         to = checkpoint_ptr + (checkpoint * stride_checkpoint + hv * (V * K))
@@ -514,10 +514,9 @@ def state(
                     mbarrier.arrive(free.index((turn - 1) % STAGES))
         if keep:
             if IS_MAP:
-                to = start_ptr + (number * HV + hv) * (V * K)
-                if final_ptr is not None:
-                    if not forgets:
-                        to = final_ptr + (number * HV + hv) * ((V + K) * K)
+                to = final_ptr + (number * HV + hv) * ((V + K) * K)
+                if forgets:
+                    to = start_ptr + (number * HV + hv) * (V * K)
             else:
                 to = final_ptr + (write * stride_final + hv * (V * K))
             gl.store(to + inner, S.to(to.dtype.element_ty))
@@ -748,6 +747,7 @@ def scan(
     config,
     map_config,
     segments,
+    firsts,
     cu_seqlens,
     count,
     read,
@@ -758,7 +758,8 @@ def scan(
     checkpoint_offsets,
     checkpoint_interval,
 ):
-    """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one."""
+    """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one. ``firsts``:
+    copies of what long sequences start from, where their slots are written in place."""
     tokens, H, K = q.shape[1:]
     HV, V = v.shape[2:]
     kinds = factors.shape[2]
@@ -768,26 +769,23 @@ def scan(
         *packed_tiles(y, CHUNK),
         launch.descriptor(factors, [factors.numel()], [1], [kinds * CHUNK], _layout(factors, (kinds * CHUNK,))),
     )
+    before_last = segments.max_segments - 1
+    num_cut = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
+    num_maps = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.map_tokens)
     num_slots = final.shape[0]
-    maps = starts = forgets = firsts = None
-    num_maps = chunk_segments.num_maps(count, tokens, cu_seqlens, segments) if segments.max_segments > 1 else 0
-    has_maps = num_maps > 0 and segments.map_tokens != launch.NEVER
-    slots = {"read": read, "has_initial_state": has_initial_state}
+    maps = starts = forgets = None
     if num_maps:
+        maps = launch.empty(factors, num_maps, HV, V + K, K)
         starts = launch.empty(factors, num_maps, HV, V, K)
         forgets = launch.empty(factors, num_maps, HV, dtype=torch.int32)
-        if has_maps:
-            maps = launch.empty(factors, num_maps, HV, V + K, K)
-        if read is not None:
-            firsts = launch.empty(factors, chunk_segments.num_firsts(count, tokens, cu_seqlens, segments), HV, V, K)
 
     processors = launch.multiprocessors(q.device)
     # of few sequences in segments some programs would get more than others: there the hardware hands out the items
-    spread = num_maps > 0 and count * HV * (V // CHUNK) < 2 * processors
+    spread = num_cut > 0 and count * HV * (V // CHUNK) < 2 * processors
 
-    def start(config, final, is_map, **tensors):
+    def start(config, initial, final, is_map, **tensors):
         rows = config.parts * CHUNK
-        items = (num_maps if is_map else count + num_maps) * HV * ((V + K if is_map and has_maps else V) // rows)
+        items = (num_maps if is_map else count + num_cut) * HV * ((V + K if is_map else V) // rows)
         launch.run(
             hopper_scan_kernel,
             (items if spread else min(items, processors),),
@@ -795,15 +793,15 @@ def scan(
             tiles_of(v, rows),
             tiles_of(o, rows),
             o,
-            None if is_map and firsts is None else initial,
+            initial,
             starts,
             final,
             tensors.get("checkpoints"),
             cu_seqlens,
             *(tensors.get(name) for name in ("read", "write", "has_initial_state", "checkpoint_offsets")),
-            factors if is_map else None,
-            forgets,
-            firsts,
+            factors if num_cut else None,
+            forgets if is_map else None,
+            None if is_map else firsts,
             count,
             tokens,
             items,
@@ -814,7 +812,7 @@ def scan(
             _step(o),
             o.stride(2),
             0 if initial is None else initial.stride(0),
-            0 if is_map else final.stride(0),
+            final.stride(0),
             0 if checkpoints is None else checkpoints.stride(0),
             scale,
             config=config,
@@ -822,7 +820,7 @@ def scan(
             HV=HV,
             K=K,
             V=V,
-            MAX_SEGMENTS=segments.max_segments if num_maps else 1,
+            MAX_SEGMENTS=segments.max_segments if num_cut else 1,
             MIN_TOKENS=segments.min_tokens,
             LONG_TOKENS=segments.long_tokens,
             MAP_TOKENS=segments.map_tokens,
@@ -835,8 +833,7 @@ def scan(
         )
 
     if num_maps:
-        start(map_config, maps, True, **(slots if firsts is not None else {}))
-    if has_maps:
+        start(map_config, None, maps, True)
         chunk_segments.combine(
             maps,
             starts,
@@ -845,16 +842,19 @@ def scan(
             cu_seqlens=cu_seqlens,
             count=count,
             tokens=tokens,
+            read=read,
+            has_initial_state=has_initial_state,
             pad_slot_id=pad_slot_id,
             config=segments,
-            **slots,
         )
     start(
         config,
+        initial,
         final,
         False,
         checkpoints=checkpoints,
+        read=read,
         write=write,
+        has_initial_state=has_initial_state,
         checkpoint_offsets=checkpoint_offsets,
-        **slots,
     )

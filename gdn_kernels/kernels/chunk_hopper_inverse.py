@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import _math, chunk_hopper, chunk_prep, recurrent
+from gdn_kernels.kernels import _math, chunk_hopper, chunk_prep, chunk_segments, recurrent
 
 CHUNK = chunk_prep.CHUNK
 C = gl.constexpr(CHUNK)
@@ -42,6 +42,8 @@ ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
+number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
+slots = gluon.jit(recurrent.slots.fn)
 gate = gluon.jit(_math.gate.fn)
 sigmoid = gluon.jit(_math.sigmoid.fn)
 inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
@@ -218,7 +220,11 @@ def store_operand(a_s, which: gl.constexpr, A):
     a_s.index(2 * which + 1).store(low)
 
 
-@gluon.jit(do_not_specialize=["N", "T", "heads", "stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"])
+_UNSPECIALIZED = ["N", "T", "heads", "num_slots", "pad_slot_id"]
+_UNSPECIALIZED += ["stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
 def hopper_inverse_kernel(
     k_tiles,
     upper_tiles,
@@ -230,10 +236,16 @@ def hopper_inverse_kernel(
     dt_bias_ptr,
     factor_ptr,
     o_ptr,
+    first_ptr,
+    initial_ptr,
     cu_seqlens_ptr,
+    read_ptr,
+    has_initial_ptr,
     N: gl.int32,
     T: gl.int32,
     heads: gl.int32,
+    num_slots: gl.int32,
+    pad_slot_id: gl.int32,
     stride_q_b,
     stride_q_t,
     stride_q_h,
@@ -243,6 +255,7 @@ def hopper_inverse_kernel(
     stride_beta_t: gl.int64,
     stride_o_t,
     stride_o_h,
+    stride_initial,
     scale,
     beta_scale,
     H: gl.constexpr,
@@ -251,10 +264,12 @@ def hopper_inverse_kernel(
     V: gl.constexpr,
     IS_RAW_GATE: gl.constexpr,
     FACTORS: gl.constexpr,
+    LONG_TOKENS: gl.constexpr,
+    COPIERS: gl.constexpr,
     USE_QK_L2NORM: gl.constexpr,
 ):
     """Y and row factors of one chunk and ``heads`` value heads of one key head, by one warp; zeros for no sequence's
-    tokens."""
+    tokens; and a part of what a long sequence starts from, for kernels/chunk_segments.py."""
     pid = gl.program_id(0)
     hv0 = pid % (HV // heads) * heads
     place = (pid // (HV // heads)).to(gl.int64)
@@ -274,7 +289,7 @@ def hopper_inverse_kernel(
 
     if N == 0:
         return
-    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         left_over = length - chunk * C
@@ -491,6 +506,20 @@ def hopper_inverse_kernel(
             number = head.to(gl.int32)
             _store(upper_tiles, [number * (PACKED // C), 0], upper_s)
             _store(lower_tiles, [number * (PACKED // (C // 2)) + C, 0], lower_s)
+        if first_ptr is not None:
+            # the scan may write the slot before it has read it
+            if (length >= LONG_TOKENS) & (chunk < COPIERS):
+                _, _, active, _, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
+                if active:
+                    column = gl.arange(0, K, gl.BlockedLayout([4], [32], [1], [0]))
+                    read = gl.load(read_ptr + n).to(gl.int64)
+                    number = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS) * HV + hv0
+                    for each in range(heads):
+                        for i in gl.static_range(V // COPIERS):
+                            row = chunk * (V // COPIERS) + i
+                            inner = (hv0 + each) * (V * K) + row * K + column
+                            S = gl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0)
+                            gl.store(first_ptr + (number + each) * (V * K) + row * K + column, S.to(gl.float32))
         tma.store_wait(0)
 
 
@@ -522,10 +551,17 @@ def prepare_inverse(
     A_log,
     dt_bias,
     beta_scale,
+    firsts,
+    long_tokens,
+    initial,
+    read,
+    has_initial_state,
+    pad_slot_id,
 ):
     """Write Y, packed, to ``y`` [places, HV, PACKED], and zeros to the tokens of ``o`` of no sequence; to ``factors``
     [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and with l2norm scale / |q|.
-    ``count``: sequences."""
+    ``count``: sequences. To ``firsts`` [number of a sequence of ``long_tokens`` or more, HV, V, K], if given, the slots
+    ``read`` of the pool ``initial``."""
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
     heads = heads_of_a_program(places * HV, HV // H)
@@ -541,16 +577,23 @@ def prepare_inverse(
         dt_bias,
         factors,
         o,
+        firsts,
+        None if firsts is None else initial,
         cu_seqlens,
+        None if firsts is None else read,
+        None if firsts is None else has_initial_state,
         count,
         tokens,
         heads,
+        0 if firsts is None else initial.shape[0],
+        pad_slot_id,
         recurrent.batch_stride(q),
         q.stride(1),
         q.stride(2),
         *(stride for t in (g, beta) for stride in (recurrent.batch_stride(t), t.stride(1))),
         o.stride(1),
         o.stride(2),
+        0 if firsts is None else initial.stride(0),
         scale,
         beta_scale,
         config=config,
@@ -560,5 +603,8 @@ def prepare_inverse(
         V=o.shape[3],
         IS_RAW_GATE=A_log is not None,
         FACTORS=factors.shape[2],
+        LONG_TOKENS=0 if firsts is None else long_tokens,
+        # chunks of a long sequence that copy a part of what it starts from: a power of two, which divides V
+        COPIERS=1 << (min(CHUNK, long_tokens // CHUNK).bit_length() - 1) if firsts is not None else 0,
         USE_QK_L2NORM=use_qk_l2norm,
     )

@@ -33,7 +33,7 @@ BLOCK = tl.constexpr(16)
 
 @triton.jit
 def chunk_of(cu_seqlens_ptr, place, N, T):
-    """Batch row, first token and length of the sequence at scratch place ``place``, and which of its chunks that is."""
+    """The sequence at scratch place ``place``, its batch row, which of its chunks that is, first token and length."""
     if cu_seqlens_ptr is not None:
         low = place * 0
         high = low + N - 1
@@ -44,13 +44,15 @@ def chunk_of(cu_seqlens_ptr, place, N, T):
                 low = middle
             else:
                 high = middle - 1
-        batch, start, length = span(cu_seqlens_ptr, low, T)
-        chunk = place - (start // C + low)
+        n = low
+        batch, start, length = span(cu_seqlens_ptr, n, T)
+        chunk = place - (start // C + n)
     else:
         chunks = (T + C - 1) // C
-        batch, start, length = span(cu_seqlens_ptr, place // chunks, T)
+        n = place // chunks
+        batch, start, length = span(cu_seqlens_ptr, n, T)
         chunk = place % chunks
-    return batch, chunk, start, length
+    return n, batch, chunk, start, length
 
 
 @triton.jit
@@ -208,7 +210,7 @@ def inverse_kernel(
 
     if N == 0:
         return
-    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         left = length - chunk * C
@@ -419,7 +421,7 @@ def product_kernel(
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
     h = hv0 // (HV // H)
-    batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         o64 = tl.arange(0, C)

@@ -10,18 +10,18 @@ S_j = S_{j-1} A_{j-1} + B_{j-1} gives each segment but the first its start; then
 
 Most heads forget: where a segment's last chunks alone decay a state to 2^-32, it ends with what those chunks make of a
 zero state, whatever came before. The map pass then walks no other chunks, forms no A, and writes where the next segment
-starts; the joining passes over it. Sequences of less than MAP tokens have no other maps: they are cut where a head
-forgets, and elsewhere two segments are walked as one, for a map costs more there than it saves.
+starts; the joining passes over it. A sequence of less than MAP tokens has no maps at all, for one costs more there than
+it saves: each segment walks the last chunks of the one before it first, where the head forgets, and elsewhere two
+segments are walked as one.
 
 Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
 changes none of its bits. Programs have places, without a plan from the host: place n < N is the last segment of
-sequence n, or all of it; N + cu_seqlens[n] // MIN + j is its segment j before the last. So N + T // MIN places serve
-every batch of N sequences in T tokens, those past N hold the segments that have a map, and maps and starts are numbered
-from there.
+sequence n, or all of it; N + (cu_seqlens[n] // LONG) (MAX - 1) + j is its segment j before the last, because sequences
+of LONG tokens or more do not begin in the same LONG tokens. Maps and starts are numbered likewise, by MAP.
 
 maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; forgets
-[segment, HV] whether it is there without a map; firsts, of sequences cut, [cu_seqlens[n] // LONG, HV, V, K] what a
-sequence starts from: a pool's slot may be written by its last segment before its first has read it. States are fp32, K
+[segment, HV] whether it is there without a map. firsts [cu_seqlens[n] // LONG, HV, V, K] holds what a sequence that may
+be cut starts from: a pool's slot may be written by its last segment before its first has read it. States are fp32, K
 last. The products of the joining are of fp32 operands in three products of tf32 each, about fp32's precision: what a
 map loses, every later token loses.
 
@@ -54,19 +54,8 @@ def cut(length, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
 
 
 @triton.jit
-def first_map(cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
-    """Number of the map of the first segment of sequence ``n``, whose first token is ``start``."""
-    if cu_seqlens_ptr is not None:
-        number = start // MIN
-    else:
-        segments, _ = cut(T, MAX, MIN, LONG)
-        number = n * (segments - 1)
-    return number
-
-
-@triton.jit
-def number_of_first(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
-    """Where the start of sequence ``n``, of LONG tokens or more, has its place in firsts."""
+def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
+    """A number that no other sequence of LONG tokens or more has: of sequence ``n``, whose first token is ``start``."""
     number = n
     if cu_seqlens_ptr is not None:
         number = start // LONG
@@ -74,37 +63,51 @@ def number_of_first(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 
 
 @triton.jit
-def segment_of(cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+def long_of_number(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
+    """The sequence of that ``number``, an int64, of N > 0; an n of no such sequence, and False, where none has it."""
+    n = tl.minimum(number, N - 1)
+    found = number < N
+    if cu_seqlens_ptr is not None:
+        # it is the last that begins at or before the end of these LONG tokens
+        low = number * 0
+        high = low + N - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            _, first, _ = span(cu_seqlens_ptr, middle, T)
+            if first // LONG <= number:
+                low = middle
+            else:
+                high = middle - 1
+        n = low
+        _, start, length = span(cu_seqlens_ptr, n, T)
+        found = (start // LONG == number) & (length >= LONG)
+    return n, found
+
+
+@triton.jit
+def segment_of(
+    cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr, AT_LEAST: tl.constexpr
+):
     """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
+
+    Places past N are those of sequences of AT_LEAST tokens, LONG or more.
 
     Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
     many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
     whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
     """
+    BEFORE_LAST: tl.constexpr = MAX - 1 if MAX > 1 else 1
     number = place - N
-    low = place * 0
-    high = low + N - 1
-    if number < 0:
-        low = place
-    elif cu_seqlens_ptr is not None:
-        # the last sequence that begins at or before this place: those before it have no segment here
-        while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first // MIN <= number:
-                low = middle
-            else:
-                high = middle - 1
-    else:
-        of_row, _ = cut(T, MAX, MIN, LONG)
-        low = tl.minimum(number // tl.maximum(of_row - 1, 1), high)
-    n = low
+    n = place
+    exists = place < N
+    if number >= 0:
+        n, exists = long_of_number(cu_seqlens_ptr, number // BEFORE_LAST, N, T, AT_LEAST)
     batch, start, length = span(cu_seqlens_ptr, n, T)
     segments, per_segment = cut(length, MAX, MIN, LONG)
     segment = segments - 1
     if number >= 0:
-        segment = (number - first_map(cu_seqlens_ptr, n, start, T, MAX, MIN, LONG)).to(tl.int32)
-        if (segment < 0) | (segment >= segments - 1):
+        segment = (number % BEFORE_LAST).to(tl.int32)
+        if (segment >= segments - 1) | (not exists):
             segment = segments
     first_chunk = segment * per_segment
     chunks = tl.maximum(tl.minimum(per_segment, (length + C - 1) // C - first_chunk), 0)
@@ -131,29 +134,6 @@ def remembered(factor_ptr, first, chunks, HV: tl.constexpr, FACTORS: tl.constexp
             walked += 1
             found = tl.where((found == 0) & (total <= FORGOTTEN), walked, found)
     return found
-
-
-@triton.jit
-def long_sequence(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
-    """The sequence of LONG tokens or more that token ``number`` * LONG, an int64, is the first such multiple of; -1 if
-    there is none. So T / LONG numbers, rounded up, find every one of them, and each once."""
-    n = number
-    if cu_seqlens_ptr is not None:
-        low = number * 0
-        high = low + N - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first <= number * LONG:
-                low = middle
-            else:
-                high = middle - 1
-        n = low
-        _, start, length = span(cu_seqlens_ptr, n, T)
-        is_first = (start <= number * LONG) & (number * LONG < start + length) & ((number - 1) * LONG < start)
-        if (length < LONG) | (not is_first):
-            n = low * 0 - 1
-    return n
 
 
 @triton.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id"])
@@ -185,8 +165,9 @@ def combine_kernel(
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
-    n = long_sequence(cu_seqlens_ptr, (pid // (V // BLOCK_V * HV)).to(tl.int64), N, T, MAP_TOKENS)
-    if n < 0:
+    number = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    n, found = long_of_number(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
+    if not found:
         return
 
     _, start, length = span(cu_seqlens_ptr, n, T)
@@ -202,7 +183,7 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
-            first = first_map(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+            first = number * (MAX_SEGMENTS - 1)
             numbers = tl.arange(0, triton.next_power_of_2(MAX_SEGMENTS))
             forgets = tl.load(forgets_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
             joined = tl.where(tl.min(forgets, 0) == 0, segments - 1, 0)
@@ -218,27 +199,18 @@ def combine_kernel(
                 tl.store(start_ptrs, S, mask=keeps)
 
 
-def num_maps(count, tokens, cu_seqlens, config):
-    """Maps of ``count`` sequences, at most: in ``tokens`` tokens, or each of as many."""
-    if count == 0 or tokens < config.long_tokens:
+def num_long(count, tokens, cu_seqlens, long_tokens):
+    """Numbers of sequences of ``long_tokens`` or more, of ``count`` in ``tokens`` tokens, or each of as many."""
+    if count == 0 or tokens < long_tokens:
         return 0
-    if cu_seqlens is not None:
-        return tokens // config.min_tokens
-    chunks = triton.cdiv(tokens, 64)
-    per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
-    return count * (triton.cdiv(chunks, per_segment) - 1)
-
-
-def num_firsts(count, tokens, cu_seqlens, config):
-    """Sequences that may be cut, of ``count`` in ``tokens`` tokens, or each of as many."""
-    return count if cu_seqlens is None else tokens // config.long_tokens + 1
+    return count if cu_seqlens is None else tokens // long_tokens
 
 
 def combine(maps, starts, forgets, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
     """Write to ``starts`` what the segment after each with a map starts from, where ``forgets``, int32 [maps, HV], is
     0: elsewhere it is there. Nothing for sequences without a slot."""
     HV, V, K = starts.shape[1:]
-    sequences = count if cu_seqlens is None else triton.cdiv(tokens, config.map_tokens)
+    sequences = num_long(count, tokens, cu_seqlens, config.map_tokens)
     launch.run(
         combine_kernel,
         (sequences * HV * (V // config.block_v),),
