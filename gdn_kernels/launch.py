@@ -256,7 +256,7 @@ class HopperScanConfig:
 
 
 # More tokens than a sequence has.
-NEVER = 2**31 - 1
+NEVER = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +427,7 @@ HOPPER_SMS = 132
 
 
 def hopper_scan_config(head_v_dim: int, states: int) -> HopperScanConfig:
-    """The scan in Gluon for ``states`` states of V rows: narrow programs while each has an SM of its own."""
+    """The scan in Gluon for ``states`` states of V rows at once: narrow programs while each has an SM of its own."""
     narrow = head_v_dim % 128 != 0 or states * (head_v_dim // 64) <= HOPPER_SMS
     return HOPPER_SCAN_NARROW if narrow else HOPPER_SCAN_WIDE
 
@@ -437,25 +437,25 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
     return HOPPER_MAP_NARROW if head_k_dim % 128 or head_v_dim % 128 else HOPPER_MAP_WIDE
 
 
-# Value heads -> segments of a long sequence; more heads fill the GPU by themselves. Only the scan of sm_90 walks
-# segments. Joining in 8 warps: a map of 128 columns, split for tf32x3, does not fit the registers of 4. K = V = 128,
-# H100, 2026-11-23, us of map pass, joining and scan, beside the scan alone: heads 2/8 1x8192 25, 20, 29 in 8 segments,
-# 169; 1x32768 85, 21, 102, 661; 8x4096 75, 42, 111 in 4 segments, 96; 4/16 1x8192 44, 11, 53 in 4 segments, 169;
-# 1x32768 163, 11, 200, 661; 4x8192 137, 40, 204, 182; 8/32 1x32768 292, 21, 376 in 4 segments, 652. The whole on
-# 2026-11-25, uncut and in 2, 4, 8: 4/16 1x8192 178, 191, 125, 144; 4/16 1x32768 682, -, 419, 440; 8/32 1x8192 190, 231;
-# 8/32 1x32768 732, 785, 858; 16/32 1x32768 766, 847, 820; 2/8 4x8192 204, 456, 288.
+# Value heads -> segments of a long sequence; only the scan of sm_90 walks them. Joining in 8 warps: a map of 128
+# columns, split for tf32x3, does not fit the registers of 4. K = V = 128, H100, 2026-11-26, us of the whole, with gates
+# that forget within 7 chunks and without any decay, beside the sequences uncut:
+# SEE BELOW
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
     (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
-    (32, SegmentConfig(max_segments=2, min_tokens=4096, long_tokens=8192)),
+    (32, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192)),
     (64, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),
 )
-# The same where the number of sequences may be looked at, for at most so many.
+# The same where the number of sequences may be looked at: value heads and sequences, at most.
 THROUGHPUT_SEGMENT_LADDER = (
-    (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=4096, map_tokens=4096)),
-    (16, SegmentConfig(max_segments=4, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
+    (8, 1, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
+    (8, 4, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=8192)),
+    (16, 1, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
+    (16, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=16384)),
+    (32, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192)),
+    (64, 2, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),
 )
-THROUGHPUT_SEQUENCES = 2
 NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)
 
 POLICIES = ("invariant", "throughput")
@@ -489,10 +489,11 @@ def segment_config(
     """How long sequences are cut into segments; ``states``, sequences times heads, matters to ``throughput`` alone."""
     config = NO_SEGMENTS
     if has_descriptors(target):
-        ladder = SEGMENT_LADDER
+        ladder = [(limit, states, config) for limit, config in SEGMENT_LADDER]
         if policy == "throughput":
-            ladder = THROUGHPUT_SEGMENT_LADDER if states <= THROUGHPUT_SEQUENCES * num_v_heads else ()
-        config = next((config for limit, config in ladder if num_v_heads <= limit), NO_SEGMENTS)
+            ladder = [(limit, count * num_v_heads, config) for limit, count, config in THROUGHPUT_SEGMENT_LADDER]
+        found = (config for limit, most, config in ladder if num_v_heads <= limit and states <= most)
+        config = next(found, NO_SEGMENTS)
     return dataclasses.replace(config, block_v=min(config.block_v, head_v_dim))
 
 

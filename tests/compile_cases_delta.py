@@ -24,8 +24,8 @@ def _parameters(HV):
     return {"A_log": torch.zeros(HV), "dt_bias": torch.zeros(HV)}
 
 
-def chunk_case(dtype, K, V):
-    inputs = delta_inputs((2, 2), H=2, HV=4, K=K, V=V, dtype=dtype)
+def chunk_case(dtype, K, V, tokens=2):
+    inputs = delta_inputs((2, tokens), H=2, HV=4, K=K, V=V, dtype=dtype)
     raw = [x.to(dtype) for x in inputs.tensors[3:]]
     pool = torch.zeros(4, 4, V, K)
     out = torch.empty_like(inputs.v)
@@ -76,6 +76,7 @@ def cut_chunk_case():
     config = launch.SegmentConfig(max_segments=2, min_tokens=64, long_tokens=128, map_tokens=128)
     with launch.pinned("chunk_segments", config):
         plain_chunk_case(torch.bfloat16, 128, 128, tokens=130)
+        chunk_case(torch.bfloat16, 128, 128, tokens=130)
 
 
 def recurrent_case(state_dtype, K, V, rounding_seed=None):

@@ -158,7 +158,7 @@ def check(
     forgotten=0.0,
 ):  # fmt: skip
     """Run ``combine`` and compare every start with fp64; what is not one keeps its NaN. ``some``: there is one.
-    ``forgotten``: of so many of the maps and heads the start is there and the map is not."""
+    ``forgotten``: of so many of the maps and heads the map is not there, and the start is where a map follows."""
     count = len(lengths)
     cu_seqlens = None if dense else offsets(lengths, first)
     tokens = lengths[0] if dense else int(cu_seqlens[-1])
@@ -179,14 +179,20 @@ def check(
     starts = torch.full((places, HV, V, K), torch.nan)
     forgets = torch.rand(places, HV, generator=torch.Generator().manual_seed(3)) < forgotten
     forgets &= used[:, None]
-    there = maps[:, :, :V][forgets]
+    # a start that is not joined to a map is not there
+    kinds = forgets.int()
+    for number, found in zip(firsts, parts, strict=True):
+        for j in range(number, number + len(found) - 1):
+            alone = j == number + len(found) - 2
+            kinds[j] += (forgets[j] & (alone or forgets[j + 1])).int()
+    there = maps[:, :, :V][kinds == 1]
     maps[forgets] = torch.nan
-    starts[forgets] = there
+    starts[kinds == 1] = there
     given = maps.clone()
     chunk_segments.combine(
         maps,
         starts,
-        forgets.to(torch.int32),
+        kinds,
         initial,
         cu_seqlens=cu_seqlens,
         count=count,
@@ -197,7 +203,7 @@ def check(
         config=config,
     )
     wanted = torch.full(starts.shape, torch.nan, dtype=torch.float64)
-    wanted[forgets] = there.double()
+    wanted[kinds == 1] = there.double()
     for n, number in enumerate(firsts):
         slot = n if read is None else read[n]
         if read is not None and not 0 <= slot < initial.shape[0]:
@@ -232,8 +238,9 @@ def test_starts_match_the_maps_in_sequence(gates, max_segments):
 @pytest.mark.parametrize("max_segments", [2, 8])
 def test_starts_that_are_there_are_left_alone(max_segments, forgotten):
     lengths = (64, 5 * 64, 0, 700, 20 * 64 + 1, 127)
-    check(lengths, settings(max_segments, 64), "none", initial=STATES, forgotten=forgotten)
-    check((5 * 64,) * 3, settings(max_segments, 64), "none", initial=STATES, dense=True, forgotten=forgotten)
+    options = {"initial": STATES, "forgotten": forgotten, "some": forgotten < 1}
+    check(lengths, settings(max_segments, 64), "none", **options)
+    check((5 * 64,) * 3, settings(max_segments, 64), "none", dense=True, **options)
 
 
 @triton.jit
@@ -312,11 +319,11 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     def run(maps, cu_seqlens, initial):
         starts = torch.zeros(maps.shape[0], 2, 64, 64)
-        forgets = torch.zeros(maps.shape[0], 2, dtype=torch.int32)
+        kinds = torch.zeros(maps.shape[0], 2, dtype=torch.int32)
         options = {"read": None, "has_initial_state": None, "pad_slot_id": -1, "config": config}
         count, tokens = cu_seqlens.shape[0] - 1, int(cu_seqlens[-1])
         chunk_segments.combine(
-            maps, starts, forgets, initial, cu_seqlens=cu_seqlens, count=count, tokens=tokens, **options
+            maps, starts, kinds, initial, cu_seqlens=cu_seqlens, count=count, tokens=tokens, **options
         )
         return starts
 

@@ -208,17 +208,19 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize(
-    "heads, segments, least, long",
-    [(heads, 8, 1024, 8192) for heads in (1, 8)]
-    + [(heads, 4, 4096, 16384) for heads in (9, 16)]
-    + [(heads, 1, 1024, 1024) for heads in (17, 64)],
+    "heads, segments, least, long, mapped",
+    [(heads, 8, 1024, 8192, 8192) for heads in (1, 8)]
+    + [(heads, 4, 2048, 8192, 16384) for heads in (9, 16)]
+    + [(heads, 8, 4096, 8192, launch.NEVER) for heads in (17, 32)]
+    + [(heads, 2, 8192, 16384, launch.NEVER) for heads in (33, 64)]
+    + [(heads, 1, 1024, 1024, launch.NEVER) for heads in (65, 128)],
 )
-def test_few_heads_cut_long_sequences_on_hopper_alone(
-    heads: int, segments: int, least: int, long: int, target: Target
+def test_long_sequences_are_cut_on_hopper_alone(
+    heads: int, segments: int, least: int, long: int, mapped: int, target: Target
 ) -> None:
     config = launch.segment_config(heads, 128, target)
-    found = config.max_segments, config.min_tokens, config.long_tokens
-    assert found == ((segments, least, long) if target.arch == 90 else (1, 1024, 1024))
+    found = config.max_segments, config.min_tokens, config.long_tokens, config.map_tokens
+    assert found == ((segments, least, long, mapped) if target.arch == 90 else (1, 1024, 1024, launch.NEVER))
     assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
 
 
@@ -277,9 +279,11 @@ def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_head
 
 def test_throughput_looks_at_the_number_of_sequences() -> None:
     hopper = Target("cuda", 90)
-    config = launch.segment_config(8, 128, hopper, "throughput", 16)
-    assert (config.max_segments, config.long_tokens) == (8, 4096)
-    assert launch.segment_config(8, 128, hopper, "throughput", 24).max_segments == 1
+    for heads, sequences, segments in ((8, 1, 8), (8, 4, 8), (8, 5, 1), (16, 2, 8), (16, 3, 1), (64, 2, 2), (64, 3, 1)):
+        config = launch.segment_config(heads, 128, hopper, "throughput", sequences * heads)
+        assert config.max_segments == segments, (heads, sequences)
+    assert launch.segment_config(8, 128, hopper, "throughput", 8).min_tokens == 1024
+    assert launch.segment_config(8, 128, hopper, "throughput", 9).min_tokens == 4096
     assert launch.segment_config(8, 128, hopper, "invariant", 33) == launch.segment_config(8, 128, hopper)
     assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
 

@@ -228,8 +228,6 @@ def _launch(
             pad_slot_id=pad_slot_id,
             **gates,
         )
-        # of sequences that are cut each segment has a state
-        states = count * HV * (segments.max_segments if num_long else 1)
         chunk_hopper.scan(
             q,
             k,
@@ -240,7 +238,9 @@ def _launch(
             initial,
             final,
             scale=scale,
-            config=launch.config("chunk_hopper_scan", V, states),
+            config=launch.config(
+                "chunk_hopper_scan", V, chunk_segments.num_states(count, tokens, HV, cu_seqlens, segments)
+            ),
             map_config=launch.config("chunk_map", K, V),
             segments=segments,
             firsts=firsts,

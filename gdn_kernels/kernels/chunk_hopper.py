@@ -90,11 +90,11 @@ def work_of(
     sequence's end, its length, the value head, the first row of its state, number of the first chunk in scratch, and
     how many chunks come before the first whose output is wanted. For the state: the sequence, where the start of its
     segment here is, whether a segment comes before and whether the last is here, slots to read and to write, whether it
-    starts from the slot and keeps the state it ends with, and the place of what the sequence starts from. Of a map
-    instead: whether the segment exists, and whether it is walked for its last chunks alone, which forget what came
-    before.
+    starts from the slot and keeps the state it ends with, the place of what the sequence starts from, and whether its
+    segment here starts from what was joined. Of a map instead: whether the segment exists, and the kind of what is
+    written (kernels/chunk_segments.py).
     """
-    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, forgets_ptr, first_ptr = batch[:7]
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr = batch[:7]
     N, T, num_slots, pad_slot_id = batch[7:]
     BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
     first_row = (item % BLOCKS) * (PARTS * C)
@@ -105,7 +105,8 @@ def work_of(
     later = item < 0
     is_last = item >= 0
     exists = is_last
-    forgets = later
+    joined = later
+    kind = item * 0
     first_chunk = item * 0
     ahead = item * 0
     per_segment = item * 0
@@ -136,22 +137,29 @@ def work_of(
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
     if IS_MAP:
         found = remembered(factor_ptr, place + first_chunk * HV, chunks, HV, FACTORS)
-        forgets = found > 0
-        # nothing of the identity is left
-        keep = exists & ((first_row < V) | (not forgets))
-        active = keep
-        if forgets:
+        if found > 0:
+            # nothing of the identity is left; of use only to a next segment that has a map
+            needed = segment + 2 < segments
+            if needed:
+                after = place + (first_chunk + per_segment) * HV
+                needed = remembered(factor_ptr, after, per_segment, HV, FACTORS) == 0
+            keep = needed & (first_row < V)
             first_chunk += chunks - found
             chunks = found
+            kind += 2 - needed.to(gl.int32)
+        else:
+            keep = exists
+        active = keep
     else:
         if MAX_SEGMENTS > 1:
+            if later & exists:
+                before = place + (first_chunk - per_segment) * HV
+                ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
+            joined = later & (ahead == 0)
             if exists & (segments > 1) & (length < MAP_TOKENS):
-                if later:
-                    before = place + (first_chunk - per_segment) * HV
-                    ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
-                if later & (ahead == 0):
+                if joined:
                     # walked with the segment before it
-                    is_last = later & (ahead > 0)
+                    is_last = is_last & (ahead > 0)
                     chunks = chunks * 0
                 else:
                     last = segment
@@ -163,8 +171,10 @@ def work_of(
                             last += 1
                             ends = last == segments - 1
                     is_last = last == segments - 1
-                    first_chunk -= ahead
                     chunks = gl.minimum((last + 1) * per_segment, (length + C - 1) // C) - first_chunk
+            if chunks > 0:
+                first_chunk -= ahead
+                chunks += ahead
         # the start of a first segment of several is read from a copy: the slot may be written meanwhile
         if first_ptr is not None:
             known = known & is_last
@@ -174,7 +184,7 @@ def work_of(
     chunk_number = (place + first_chunk * HV).to(gl.int32)
     return (
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead,
-        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets,
+        n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind,
     )  # fmt: skip
 
 
@@ -383,7 +393,7 @@ def state(
         else:
             p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles[7:]
     initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
-    forgets_ptr, first_ptr = batch[5:7]
+    kind_ptr, first_ptr = batch[5:7]
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -399,7 +409,7 @@ def state(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
-        n, number, later, is_last, read, write, known, keep, first_number, exists, forgets = work[9:]
+        n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
         rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
         inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
@@ -415,13 +425,13 @@ def state(
         if IS_MAP:
             if PART == 0:
                 if exists & (first_row == 0):
-                    gl.store(forgets_ptr + number * HV + hv, forgets.to(gl.int32))
+                    gl.store(kind_ptr + number * HV + hv, kind)
             if not has_values:
                 diagonal = (rows - V)[:, None] == gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
                 S = gl.where(diagonal, 1.0, S)
         else:
             if start_ptr is not None:
-                if later & (length >= MAP_TOKENS):
+                if joined & (length >= MAP_TOKENS):
                     S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
             if first_ptr is not None:
                 if not (later | is_last):
@@ -515,7 +525,7 @@ def state(
         if keep:
             if IS_MAP:
                 to = final_ptr + (number * HV + hv) * ((V + K) * K)
-                if forgets:
+                if kind == 1:
                     to = start_ptr + (number * HV + hv) * (V * K)
             else:
                 to = final_ptr + (write * stride_final + hv * (V * K))
@@ -557,7 +567,7 @@ def hopper_scan_kernel(
     has_initial_ptr,
     checkpoint_offset_ptr,
     factor_ptr,
-    forgets_ptr,
+    kind_ptr,
     first_ptr,
     N: gl.int32,
     T: gl.int32,
@@ -590,7 +600,7 @@ def hopper_scan_kernel(
     """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment; one such item after another.
 
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final`` or, where
-    the segment forgets what came before it, ``[V, K]`` to ``start``; and which of both to ``forgets``.
+    the segment forgets what came before it, ``[V, K]`` to ``start``; and which of both to ``kind``.
     """
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
@@ -640,7 +650,7 @@ def hopper_scan_kernel(
 
     # sizes stay out of these tuples, where they would no longer be constants
     batch = (
-        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, forgets_ptr, first_ptr,
+        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr,
         N, T, num_slots, pad_slot_id,
     )  # fmt: skip
     tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles)
@@ -762,22 +772,24 @@ def scan(
     copies of what long sequences start from, where their slots are written in place."""
     tokens, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    kinds = factors.shape[2]
+    rows_of_factors = factors.shape[2]
     tiles = (
         tiles_of(q, K),
         tiles_of(k, K),
         *packed_tiles(y, CHUNK),
-        launch.descriptor(factors, [factors.numel()], [1], [kinds * CHUNK], _layout(factors, (kinds * CHUNK,))),
+        launch.descriptor(
+            factors, [factors.numel()], [1], [rows_of_factors * CHUNK], _layout(factors, (rows_of_factors * CHUNK,))
+        ),
     )
     before_last = segments.max_segments - 1
     num_cut = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
     num_maps = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.map_tokens)
     num_slots = final.shape[0]
-    maps = starts = forgets = None
+    maps = starts = kinds = None
     if num_maps:
         maps = launch.empty(factors, num_maps, HV, V + K, K)
         starts = launch.empty(factors, num_maps, HV, V, K)
-        forgets = launch.empty(factors, num_maps, HV, dtype=torch.int32)
+        kinds = launch.empty(factors, num_maps, HV, dtype=torch.int32)
 
     processors = launch.multiprocessors(q.device)
     # of few sequences in segments some programs would get more than others: there the hardware hands out the items
@@ -800,7 +812,7 @@ def scan(
             cu_seqlens,
             *(tensors.get(name) for name in ("read", "write", "has_initial_state", "checkpoint_offsets")),
             factors if num_cut else None,
-            forgets if is_map else None,
+            kinds if is_map else None,
             None if is_map else firsts,
             count,
             tokens,
@@ -827,7 +839,7 @@ def scan(
             IS_MAP=is_map,
             PARTS=config.parts,
             STAGES=config.stages,
-            FACTORS=kinds,
+            FACTORS=rows_of_factors,
             STATE_REGISTERS=config.state_registers,
             AUXILIARY_REGISTERS=config.auxiliary_registers,
         )
@@ -837,7 +849,7 @@ def scan(
         chunk_segments.combine(
             maps,
             starts,
-            forgets,
+            kinds,
             initial,
             cu_seqlens=cu_seqlens,
             count=count,

@@ -509,17 +509,16 @@ def hopper_inverse_kernel(
         if first_ptr is not None:
             # the scan may write the slot before it has read it
             if (length >= LONG_TOKENS) & (chunk < COPIERS):
-                _, _, active, _, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
+                read, _, active, _, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
                 if active:
-                    column = gl.arange(0, K, gl.BlockedLayout([4], [32], [1], [0]))
-                    read = gl.load(read_ptr + n).to(gl.int64)
-                    number = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS) * HV + hv0
+                    columns = gl.arange(0, K, gl.BlockedLayout([4], [32], [1], [0]))
+                    number_of_first = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS) * HV + hv0
                     for each in range(heads):
                         for i in gl.static_range(V // COPIERS):
-                            row = chunk * (V // COPIERS) + i
-                            inner = (hv0 + each) * (V * K) + row * K + column
-                            S = gl.load(initial_ptr + read * stride_initial + inner, mask=known, other=0.0)
-                            gl.store(first_ptr + (number + each) * (V * K) + row * K + column, S.to(gl.float32))
+                            inner = (chunk * (V // COPIERS) + i) * K + columns
+                            S_ptrs = initial_ptr + read * stride_initial + (hv0 + each) * (V * K) + inner
+                            S = gl.load(S_ptrs, mask=known, other=0.0).to(gl.float32)
+                            gl.store(first_ptr + (number_of_first + each) * (V * K) + inner, S)
         tma.store_wait(0)
 
 

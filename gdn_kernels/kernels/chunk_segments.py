@@ -9,9 +9,9 @@ without values, B what it makes of a zero state. A map pass finds them for every
 S_j = S_{j-1} A_{j-1} + B_{j-1} gives each segment but the first its start; then all segments run at once.
 
 Most heads forget: where a segment's last chunks alone decay a state to 2^-32, it ends with what those chunks make of a
-zero state, whatever came before. The map pass then walks no other chunks, forms no A, and writes where the next segment
-starts; the joining passes over it. A sequence of less than MAP tokens has no maps at all, for one costs more there than
-it saves: each segment walks the last chunks of the one before it first, where the head forgets, and elsewhere two
+zero state, whatever came before. The next segment then walks them itself, before its own, and needs no map. Only where
+it is followed by one that does not forget does the map pass walk them too, for the joining to start from. A sequence of
+less than MAP tokens has no maps at all, for one costs more there than it saves: where a head does not forget, two
 segments are walked as one.
 
 Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
@@ -19,11 +19,11 @@ changes none of its bits. Programs have places, without a plan from the host: pl
 sequence n, or all of it; N + (cu_seqlens[n] // LONG) (MAX - 1) + j is its segment j before the last, because sequences
 of LONG tokens or more do not begin in the same LONG tokens. Maps and starts are numbered likewise, by MAP.
 
-maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; forgets
-[segment, HV] whether it is there without a map. firsts [cu_seqlens[n] // LONG, HV, V, K] holds what a sequence that may
-be cut starts from: a pool's slot may be written by its last segment before its first has read it. States are fp32, K
-last. The products of the joining are of fp32 operands in three products of tf32 each, about fp32's precision: what a
-map loses, every later token loses.
+maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; kinds
+[segment, HV] is 0 for a map, 1 where that start is there without one, 2 where it is not needed. firsts
+[cu_seqlens[n] // LONG, HV, V, K] holds what a sequence that may be cut starts from: a pool's slot may be written by its
+last segment before its first has read it. States are fp32, K last. The products of the joining are of fp32 operands in
+three products of tf32 each, about fp32's precision: what a map loses, every later token loses.
 
 Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
 """
@@ -140,7 +140,7 @@ def remembered(factor_ptr, first, chunks, HV: tl.constexpr, FACTORS: tl.constexp
 def combine_kernel(
     maps_ptr,
     starts_ptr,
-    forgets_ptr,
+    kind_ptr,
     initial_ptr,
     cu_seqlens_ptr,
     read_ptr,
@@ -185,16 +185,17 @@ def combine_kernel(
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
             first = number * (MAX_SEGMENTS - 1)
             numbers = tl.arange(0, triton.next_power_of_2(MAX_SEGMENTS))
-            forgets = tl.load(forgets_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
-            joined = tl.where(tl.min(forgets, 0) == 0, segments - 1, 0)
+            kinds = tl.load(kind_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
+            joined = tl.where(tl.min(kinds, 0) == 0, segments - 1, 0)
             # maps do not wait for the state: they are loaded ahead of it
             for j in tl.range(0, joined, num_stages=STAGES):
                 head = (first + j) * HV + hv
                 map_ptr = maps_ptr + head * ((V + K) * K)
                 start_ptrs = starts_ptr + (head * V + row) * K + inner
-                keeps = tl.load(forgets_ptr + head) == 0
+                kind = tl.load(kind_ptr + head)
+                keeps = kind == 0
                 A = tl.load(map_ptr + V * K + square, mask=keeps, other=0.0)
-                B = tl.load(tl.where(keeps, map_ptr + row * K + inner, start_ptrs))
+                B = tl.load(tl.where(keeps, map_ptr + row * K + inner, start_ptrs), mask=kind < 2, other=0.0)
                 S = tl.dot(tl.where(keeps, S, 0.0), A, B, input_precision=PRECISION)
                 tl.store(start_ptrs, S, mask=keeps)
 
@@ -206,9 +207,17 @@ def num_long(count, tokens, cu_seqlens, long_tokens):
     return count if cu_seqlens is None else tokens // long_tokens
 
 
-def combine(maps, starts, forgets, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
-    """Write to ``starts`` what the segment after each with a map starts from, where ``forgets``, int32 [maps, HV], is
-    0: elsewhere it is there. Nothing for sequences without a slot."""
+def num_states(count, tokens, HV, cu_seqlens, config):
+    """States that are walked at once, about: of each sequence and head one, or one a segment where there may be any."""
+    if config.max_segments == 1 or num_long(count, tokens, cu_seqlens, config.long_tokens) == 0:
+        return count * HV
+    tokens *= 1 if cu_seqlens is not None else count
+    return min(count * config.max_segments, max(count, tokens // config.min_tokens)) * HV
+
+
+def combine(maps, starts, kinds, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
+    """Write to ``starts`` what the segment after each with a map starts from, where ``kinds``, int32 [maps, HV], is 0.
+    Nothing for sequences without a slot."""
     HV, V, K = starts.shape[1:]
     sequences = num_long(count, tokens, cu_seqlens, config.map_tokens)
     launch.run(
@@ -216,7 +225,7 @@ def combine(maps, starts, forgets, initial, *, cu_seqlens, count, tokens, read, 
         (sequences * HV * (V // config.block_v),),
         maps,
         starts,
-        forgets,
+        kinds,
         initial,
         cu_seqlens,
         read,

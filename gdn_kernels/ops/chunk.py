@@ -279,17 +279,27 @@ def warm_pool(shapes: launch.ModelShapes, device: torch.device) -> torch.Tensor:
 
 def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[int, int]]:
     """Sequences and tokens of the calls that together launch every binary: few and many sequences, and the same with
-    one so long that it is cut."""
+    one so long that it is cut, or mapped."""
     target = launch.target(device)
     if not launch.has_descriptors(target):
         return [(2, 2)]
-    counts: dict[Any, int] = {}
-    for count in (1, 2, 1 + launch.HOPPER_SMS):
-        counts.setdefault(launch.hopper_scan_config(shapes.head_v_dim, count * shapes.num_v_heads), count)
-    facts = shapes.num_v_heads, shapes.head_v_dim, target, launch.prefill_policy(), shapes.num_v_heads
-    segments = launch.config("chunk_segments", *facts)
-    tokens = [2, segments.long_tokens + launch.HOPPER_SMS] if segments.max_segments > 1 else [2]
-    return [(count, each) for each in tokens for count in counts.values()]
+    from gdn_kernels.kernels import chunk_segments
+
+    heads, head_dim = shapes.num_v_heads, shapes.head_v_dim
+    plans: dict[Any, tuple[int, int]] = {}
+    for count in (1, 2, 4, 5, 1 + launch.HOPPER_SMS):
+        facts = heads, head_dim, target, launch.prefill_policy(), count * heads
+        segments = launch.config("chunk_segments", *facts)
+        bounds = [0, segments.long_tokens, segments.map_tokens] if segments.max_segments > 1 else [0]
+        for bound in bounds:
+            if bound == launch.NEVER:
+                continue
+            tokens = bound + 1 + launch.HOPPER_SMS
+            offsets = torch.empty(count + 1)
+            states = chunk_segments.num_states(count, tokens, heads, offsets, segments)
+            key = segments if bound else None, bound, launch.hopper_scan_config(head_dim, states)
+            plans.setdefault(key, (count, tokens))
+    return list(plans.values())
 
 
 def _warm_offsets(shapes: launch.ModelShapes, device: torch.device, count: int, tokens: int) -> torch.Tensor:
