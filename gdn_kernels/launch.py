@@ -440,7 +440,7 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 # Value heads -> segments of a long sequence; only the scan of sm_90 walks them. Joining in 8 warps: a map of 128
 # columns, split for tf32x3, does not fit the registers of 4. K = V = 128, H100, 2026-11-26, us of the whole, with gates
 # that forget within 7 chunks and without any decay, beside the sequences uncut:
-# SEE BELOW
+#
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
     (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),

@@ -152,7 +152,8 @@ def work_of(
         active = keep
     else:
         if MAX_SEGMENTS > 1:
-            if later & exists:
+            later = later & exists
+            if later:
                 before = place + (first_chunk - per_segment) * HV
                 ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
             joined = later & (ahead == 0)
@@ -434,7 +435,7 @@ def state(
                 if joined & (length >= MAP_TOKENS):
                     S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
             if first_ptr is not None:
-                if not (later | is_last):
+                if exists & (not (later | is_last)):
                     S = gl.load(first_ptr + (first_number * HV + hv) * (V * K) + inner)
             if initial_ptr is not None:
                 if known:
@@ -770,7 +771,7 @@ def scan(
 ):
     """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one. ``firsts``:
     copies of what long sequences start from, where their slots are written in place."""
-    tokens, H, K = q.shape[1:]
+    batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
     rows_of_factors = factors.shape[2]
     tiles = (
@@ -793,7 +794,9 @@ def scan(
 
     processors = launch.multiprocessors(q.device)
     # of few sequences in segments some programs would get more than others: there the hardware hands out the items
-    spread = num_cut > 0 and count * HV * (V // CHUNK) < 2 * processors
+    spread = (
+        num_cut > 0 and batch * tokens >= count * segments.long_tokens and count * HV * (V // CHUNK) < 2 * processors
+    )
 
     def start(config, initial, final, is_map, **tensors):
         rows = config.parts * CHUNK

@@ -68,16 +68,18 @@ def long_of_number(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
     n = tl.minimum(number, N - 1)
     found = number < N
     if cu_seqlens_ptr is not None:
-        # it is the last that begins at or before the end of these LONG tokens
+        # it is the last that begins at or before the end of these LONG tokens; searched by eights, for a step is a load
         low = number * 0
         high = low + N - 1
         while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first // LONG <= number:
-                low = middle
-            else:
-                high = middle - 1
+            step = (high - low) // 8 + 1
+            last = low
+            for i in tl.static_range(1, 8):
+                middle = low + i * step
+                _, first, _ = span(cu_seqlens_ptr, tl.minimum(middle, high), T)
+                last = tl.where((middle <= high) & (first // LONG <= number), middle, last)
+            high = tl.minimum(last + step - 1, high)
+            low = last
         n = low
         _, start, length = span(cu_seqlens_ptr, n, T)
         found = (start // LONG == number) & (length >= LONG)
@@ -208,11 +210,11 @@ def num_long(count, tokens, cu_seqlens, long_tokens):
 
 
 def num_states(count, tokens, HV, cu_seqlens, config):
-    """States that are walked at once, about: of each sequence and head one, or one a segment where there may be any."""
-    if config.max_segments == 1 or num_long(count, tokens, cu_seqlens, config.long_tokens) == 0:
-        return count * HV
+    """States that are walked at once, about: of each head one a sequence, or one a segment if they are long."""
     tokens *= 1 if cu_seqlens is not None else count
-    return min(count * config.max_segments, max(count, tokens // config.min_tokens)) * HV
+    if config.max_segments == 1 or tokens < count * config.long_tokens:
+        return count * HV
+    return min(count * config.max_segments, tokens // config.min_tokens) * HV
 
 
 def combine(maps, starts, kinds, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
