@@ -55,7 +55,7 @@ def segments_case(K, V, tokens=4100, *, has_slots):
     config = launch.config("chunk_segments", 8, V, launch.target(torch.device("cpu")))
     config = dataclasses.replace(config, max_segments=8, min_tokens=1024, long_tokens=1024, map_tokens=1024)
     cu_seqlens = torch.tensor([0, tokens, tokens], dtype=torch.int32) if has_slots else None
-    num_maps = 7 * chunk_segments.num_long(2, tokens, cu_seqlens, 1024)
+    num_maps = chunk_segments.num_places(2, tokens, cu_seqlens, config, 1024)
     chunk_segments.combine(
         torch.empty(num_maps, 4, V + K, K),
         torch.empty(num_maps, 4, V, K),

@@ -31,7 +31,11 @@ def offsets(lengths, first=0):
 
 
 def num_maps(count, tokens, cu_seqlens, config):
-    return (config.max_segments - 1) * chunk_segments.num_long(count, tokens, cu_seqlens, config.long_tokens)
+    return chunk_segments.num_places(count, tokens, cu_seqlens, config, config.long_tokens)
+
+
+def tokens_a_place(config):
+    return chunk_segments.tokens_a_place(config.max_segments, config.min_tokens, config.long_tokens)
 
 
 def cut(length, config):
@@ -44,7 +48,13 @@ def cut(length, config):
 
 @triton.jit
 def table_kernel(
-    out_ptr, cu_seqlens_ptr, N: tl.int32, T: tl.int32, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr
+    out_ptr,
+    cu_seqlens_ptr,
+    N: tl.int32,
+    T: tl.int32,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
     n, segment, segments, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
@@ -78,9 +88,9 @@ def check_table(found, lengths, config, cu_seqlens=None):
         batch, start = (n, 0) if cu_seqlens is None else (0, int(cu_seqlens[n]))
         rows = [[n, j, len(parts), *part, batch, start, length] for j, part in enumerate(parts)]
         wanted[n] = rows.pop()
-        number = n if cu_seqlens is None else start // config.long_tokens
+        number = n * len(rows) if cu_seqlens is None else start // tokens_a_place(config)
         for j, row in enumerate(rows):
-            place = len(lengths) + number * (config.max_segments - 1) + j
+            place = len(lengths) + number + j
             assert place not in wanted
             wanted[place] = row
     rows = found.tolist()
@@ -118,7 +128,7 @@ def test_segments_are_whole_chunks_none_of_them_empty():
         found = cut(tokens, config)
         assert sum(chunks for _, chunks in found) == -(-tokens // 64) and all(chunks for _, chunks in found if tokens)
         assert (len(found) > 1) is (tokens >= config.long_tokens)
-        assert num_maps(2, tokens, None, config) >= 2 * (len(found) - 1)
+        assert num_maps(2, tokens, None, config) == 2 * (len(found) - 1)
     lengths = (5 * 64, 300, 19 * 64 + 1, 127, 128)
     cu_seqlens = offsets(lengths)
     check_table(table(cu_seqlens, len(lengths), sum(lengths), config), lengths, config, cu_seqlens)
@@ -164,10 +174,9 @@ def check(
     tokens = lengths[0] if dense else int(cu_seqlens[-1])
     parts = [cut(length, config) for length in lengths]
     if dense:
-        firsts = range(count)
+        firsts = [n * (len(parts[0]) - 1) for n in range(count)]
     else:
-        firsts = [int(start) // config.long_tokens for start in cu_seqlens[:-1]]
-    firsts = [number * (config.max_segments - 1) for number in firsts]
+        firsts = [int(start) // tokens_a_place(config) for start in cu_seqlens[:-1]]
     places = num_maps(count, tokens, cu_seqlens, config)
     maps = segment_maps(places, HV, V, K, gates)
     # what is no segment's map holds NaN
@@ -329,7 +338,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     together = run(maps.clone(), cu_seqlens, STATES)
     for n, length in enumerate(lengths):
-        number, of_sequence = int(cu_seqlens[n]) // config.long_tokens * 3, len(cut(length, config)) - 1
+        number, of_sequence = int(cu_seqlens[n]) // tokens_a_place(config), len(cut(length, config)) - 1
         alone = offsets((length,))
         part = maps[number : number + num_maps(1, length, alone, config)]
         found = run(part.clone(), alone, STATES[n : n + 1])

@@ -58,6 +58,7 @@ slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
 cut = gluon.jit(chunk_segments.cut.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
+first_place = gluon.jit(chunk_segments.first_place.fn)
 remembered = gluon.jit(chunk_segments.remembered.fn)
 
 
@@ -124,7 +125,9 @@ def work_of(
         exists = segment < segments
         is_last = segment == segments - 1
         later = segment > 0
-        number = number_of_long(cu_seqlens_ptr, n, start, MAP_TOKENS) * (MAX_SEGMENTS - 1) + segment
+        number = segment + first_place(
+            cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS
+        )  # fmt: skip
         first_number = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS)
     else:
         row, start, length = span(cu_seqlens_ptr, n, T)
@@ -782,9 +785,8 @@ def scan(
             factors, [factors.numel()], [1], [rows_of_factors * CHUNK], _layout(factors, (rows_of_factors * CHUNK,))
         ),
     )
-    before_last = segments.max_segments - 1
-    num_cut = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
-    num_maps = before_last * chunk_segments.num_long(count, tokens, cu_seqlens, segments.map_tokens)
+    num_cut = chunk_segments.num_places(count, tokens, cu_seqlens, segments, segments.long_tokens)
+    num_maps = chunk_segments.num_places(count, tokens, cu_seqlens, segments, segments.map_tokens)
     num_slots = final.shape[0]
     maps = starts = kinds = None
     if num_maps:

@@ -16,8 +16,8 @@ segments are walked as one.
 
 Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
 changes none of its bits. Programs have places, without a plan from the host: place n < N is the last segment of
-sequence n, or all of it; N + (cu_seqlens[n] // LONG) (MAX - 1) + j is its segment j before the last, because sequences
-of LONG tokens or more do not begin in the same LONG tokens. Maps and starts are numbered likewise, by MAP.
+sequence n, or all of it; N + cu_seqlens[n] // tokens_a_place + j is its segment j before the last. Maps and starts are
+numbered likewise, where only sequences of MAP tokens or more count.
 
 maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; kinds
 [segment, HV] is 0 for a map, 1 where that start is there without one, 2 where it is not needed. firsts
@@ -53,6 +53,30 @@ def cut(length, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
     return tl.maximum((chunks + per_segment - 1) // per_segment, 1), per_segment
 
 
+@triton.constexpr_function
+def tokens_a_place(MAX, MIN, AT_LEAST):
+    """Tokens from one place to the next: as many as leave each sequence of AT_LEAST tokens or more its own."""
+    return max(AT_LEAST, MAX * MIN) // max(MAX - 1, 1)
+
+
+@triton.jit
+def last_before(cu_seqlens_ptr, number, N, T, TOKENS: tl.constexpr):
+    """The last of N > 0 sequences that begins at or before the end of those TOKENS tokens that have ``number``."""
+    low = number * 0
+    high = low + N - 1
+    # by eights, for a step waits for memory
+    while low < high:
+        step = (high - low) // 8 + 1
+        last = low
+        for i in tl.static_range(1, 8):
+            middle = low + i * step
+            _, first, _ = span(cu_seqlens_ptr, tl.minimum(middle, high), T)
+            last = tl.where((middle <= high) & (first // TOKENS <= number), middle, last)
+        high = tl.minimum(last + step - 1, high)
+        low = last
+    return low
+
+
 @triton.jit
 def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
     """A number that no other sequence of LONG tokens or more has: of sequence ``n``, whose first token is ``start``."""
@@ -63,53 +87,50 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 
 
 @triton.jit
-def long_of_number(cu_seqlens_ptr, number, N, T, LONG: tl.constexpr):
-    """The sequence of that ``number``, an int64, of N > 0; an n of no such sequence, and False, where none has it."""
-    n = tl.minimum(number, N - 1)
-    found = number < N
+def first_place(
+    cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr, AT_LEAST: tl.constexpr
+):
+    """Place of the first segment of sequence ``n``, whose first token is ``start``, past N."""
     if cu_seqlens_ptr is not None:
-        # it is the last that begins at or before the end of these LONG tokens; searched by eights, for a step is a load
-        low = number * 0
-        high = low + N - 1
-        while low < high:
-            step = (high - low) // 8 + 1
-            last = low
-            for i in tl.static_range(1, 8):
-                middle = low + i * step
-                _, first, _ = span(cu_seqlens_ptr, tl.minimum(middle, high), T)
-                last = tl.where((middle <= high) & (first // LONG <= number), middle, last)
-            high = tl.minimum(last + step - 1, high)
-            low = last
-        n = low
-        _, start, length = span(cu_seqlens_ptr, n, T)
-        found = (start // LONG == number) & (length >= LONG)
-    return n, found
+        place = start // tokens_a_place(MAX, MIN, AT_LEAST)
+    else:
+        segments, _ = cut(T, MAX, MIN, LONG)
+        place = n * (segments - 1)
+    return place
 
 
 @triton.jit
 def segment_of(
-    cu_seqlens_ptr, place, N, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr, AT_LEAST: tl.constexpr
+    cu_seqlens_ptr,
+    place,
+    N,
+    T,
+    MAX: tl.constexpr,
+    MIN: tl.constexpr,
+    LONG: tl.constexpr,
+    AT_LEAST: tl.constexpr,
 ):
     """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
 
     Places past N are those of sequences of AT_LEAST tokens, LONG or more.
-
     Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
     many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
     whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
     """
-    BEFORE_LAST: tl.constexpr = MAX - 1 if MAX > 1 else 1
     number = place - N
     n = place
-    exists = place < N
     if number >= 0:
-        n, exists = long_of_number(cu_seqlens_ptr, number // BEFORE_LAST, N, T, AT_LEAST)
+        if cu_seqlens_ptr is not None:
+            n = last_before(cu_seqlens_ptr, number, N, T, tokens_a_place(MAX, MIN, AT_LEAST))
+        else:
+            of_row, _ = cut(T, MAX, MIN, LONG)
+            n = tl.minimum(number // tl.maximum(of_row - 1, 1), number * 0 + N - 1)
     batch, start, length = span(cu_seqlens_ptr, n, T)
     segments, per_segment = cut(length, MAX, MIN, LONG)
     segment = segments - 1
     if number >= 0:
-        segment = (number % BEFORE_LAST).to(tl.int32)
-        if (segment >= segments - 1) | (not exists):
+        segment = (number - first_place(cu_seqlens_ptr, n, start, T, MAX, MIN, LONG, AT_LEAST)).to(tl.int32)
+        if (segment < 0) | (segment >= segments - 1) | (length < AT_LEAST):
             segment = segments
     first_chunk = segment * per_segment
     chunks = tl.maximum(tl.minimum(per_segment, (length + C - 1) // C - first_chunk), 0)
@@ -167,12 +188,14 @@ def combine_kernel(
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
-    number = (pid // (V // BLOCK_V * HV)).to(tl.int64)
-    n, found = long_of_number(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
-    if not found:
+    n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
+    number = n
+    if cu_seqlens_ptr is not None:
+        n = last_before(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
+    _, start, length = span(cu_seqlens_ptr, n, T)
+    if (length < MAP_TOKENS) | (number_of_long(cu_seqlens_ptr, n, start, MAP_TOKENS) != number):
         return
 
-    _, start, length = span(cu_seqlens_ptr, n, T)
     segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
     if segments > 1:
         read, write, active, keep, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
@@ -185,7 +208,7 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
-            first = number * (MAX_SEGMENTS - 1)
+            first = first_place(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS)
             numbers = tl.arange(0, triton.next_power_of_2(MAX_SEGMENTS))
             kinds = tl.load(kind_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
             joined = tl.where(tl.min(kinds, 0) == 0, segments - 1, 0)
@@ -207,6 +230,17 @@ def num_long(count, tokens, cu_seqlens, long_tokens):
     if count == 0 or tokens < long_tokens:
         return 0
     return count if cu_seqlens is None else tokens // long_tokens
+
+
+def num_places(count, tokens, cu_seqlens, config, at_least):
+    """Places of segments before the last, of sequences of ``at_least`` tokens or more."""
+    if config.max_segments == 1 or count == 0 or tokens < at_least:
+        return 0
+    if cu_seqlens is not None:
+        return tokens // tokens_a_place(config.max_segments, config.min_tokens, at_least)
+    chunks = triton.cdiv(tokens, 64)
+    per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
+    return count * (triton.cdiv(chunks, per_segment) - 1)
 
 
 def num_states(count, tokens, HV, cu_seqlens, config):
