@@ -79,6 +79,26 @@ def store_rows(tiles, end, length, row, column, source):
 
 
 @gluon.jit
+def items_with_work(
+    items, batch, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
+    MAX_SEGMENTS: gl.constexpr, AT_LEAST: gl.constexpr, IS_MAP: gl.constexpr,
+):  # fmt: skip
+    """``items`` without those of segments, where no sequence has AT_LEAST tokens: each alone takes long to find out."""
+    cu_seqlens_ptr, N = batch[0], batch[7]
+    if MAX_SEGMENTS > 1 and cu_seqlens_ptr is not None:
+        number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+        longest = items * 0
+        for i in range(0, N, 128):
+            starts = cu_seqlens_ptr + i + number
+            start = gl.load(starts, mask=i + number < N, other=0)
+            lengths = gl.load(starts + 1, mask=i + number < N, other=0) - start
+            longest = gl.maximum(longest, gl.max(lengths, 0).to(gl.int32))
+        if longest < AT_LEAST:
+            items = items * 0 if IS_MAP else N * (HV * (V // (PARTS * C)))
+    return items
+
+
+@gluon.jit
 def work_of(
     item, batch,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
@@ -182,7 +202,7 @@ def work_of(
         # the start of a first segment of several is read from a copy: the slot may be written meanwhile
         if first_ptr is not None:
             known = known & is_last
-        known = known & (not later)
+        known = known & exists & (not later)
         keep = keep & is_last
     end = (row * T + start + length).to(gl.int32)
     chunk_number = (place + first_chunk * HV).to(gl.int32)
@@ -205,6 +225,9 @@ def loader(
     BASE: gl.constexpr = (C * K + C * C) * 2 + FACTORS * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
+    items = items_with_work(
+        items, batch, HV, K, V, PARTS, MAX_SEGMENTS, MAP_TOKENS if IS_MAP else LONG_TOKENS, IS_MAP
+    )  # fmt: skip
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
@@ -267,6 +290,7 @@ def auxiliary(
     lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
+    items = items_with_work(items, batch, HV, K, V, PARTS, MAX_SEGMENTS, LONG_TOKENS, False)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
@@ -335,6 +359,7 @@ def output(
     mine_u_formed = u_formed.index(WHICH)
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
+    items = items_with_work(items, batch, HV, K, V, 1, MAX_SEGMENTS, LONG_TOKENS, False)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
@@ -410,6 +435,9 @@ def state(
     HAS_OUTPUT: gl.constexpr = PARTS == 2 and not IS_MAP
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
+    items = items_with_work(
+        items, batch, HV, K, V, PARTS, MAX_SEGMENTS, MAP_TOKENS if IS_MAP else LONG_TOKENS, IS_MAP
+    )  # fmt: skip
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
