@@ -782,6 +782,29 @@ def packed_decode(
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id)
 
 
+def packed_decode_out(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor,
+    state_indices: torch.Tensor,
+    **options: Any,
+) -> None:
+    packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, **options)
+    num_v_heads, head_v_dim = state.shape[1:3]
+    _same_dtype("out", out, "mixed_qkv", mixed_qkv)
+    _rank("out", out, "[N, HV, V] or [N, 1, HV, V]", 3, 4)
+    token = (1,) if out.dim() == 4 else ()
+    _shape("out", out, mixed_qkv.shape[0], *token, num_v_heads, head_v_dim)
+    _same_device(mixed_qkv, out=out)
+    row = num_v_heads * head_v_dim
+    if (out.stride(0), *out.stride()[-2:]) != (row, head_v_dim, 1):
+        raise ValueError(f"out must be contiguous, got strides {tuple(out.stride())}")
+
+
 def decode_step(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,

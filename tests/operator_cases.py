@@ -376,6 +376,35 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
             (m.normal(0, D), m.normal(0, HV), m.normal(0, HV), *parameters, m.pool(6), m.indices([])),
             heads,
         ),
+        Call(
+            "packed_decode_out",
+            "slots",
+            (m.columns(4, D), a, b, *parameters, m.pool(6), m.normal(4, HV, V), slots),
+            {**heads, "scale": 0.4},
+        ),
+        Call(
+            "packed_decode_out",
+            "rounded-null-slot-token-dimension",
+            (
+                m.columns(4, D),
+                a,
+                b,
+                *parameters,
+                m.pool(6, torch.float16),
+                m.normal(4, 1, HV, V),
+                m.indices([0, 1, 2, 3]),
+            ),
+            {**heads, "pad_slot_id": 0, "rounding_seed": m.indices([3], torch.int64)},
+        ),
+        Call(
+            "packed_decode_out",
+            "empty",
+            (
+                *(m.normal(0, D), m.normal(0, HV), m.normal(0, HV), *parameters, m.pool(6)),
+                *(m.normal(0, HV, V), m.indices([])),
+            ),
+            heads,
+        ),
     ]
     return calls
 

@@ -466,6 +466,23 @@ rows(
     ({"dt_bias": to(torch.int32)}, TypeError, f"dt_bias must be {FLOATS}, got int32"),
 )
 
+DECODE_OUT = "packed_decode_out-slots"
+index_rows(DECODE_OUT, "state_indices")
+rows(
+    DECODE_OUT,
+    ({"mixed_qkv": to(torch.int32)}, TypeError, f"mixed_qkv must be {FLOATS}, got int32"),
+    ({"state": strided}, ValueError, "state must hold each [HV, V, K] block contiguously, got strides"),
+    ({"out": to(torch.float16)}, TypeError, "out must have the dtype of mixed_qkv, float32, got float16"),
+    ({"out": lambda x: x[0]}, ValueError, f"out must be [N, HV, V] or [N, 1, HV, V], got shape ({HV}, {V})"),
+    ({"out": longer}, ValueError, f"out must have shape (4, {HV}, {V}), got (5, {HV}, {V})"),
+    ({"out": wider}, ValueError, f"out must have shape (4, {HV}, {V}), got (4, {HV}, {V + 1})"),
+    ({"out": new(4, 2, HV, V)}, ValueError, f"out must have shape (4, 1, {HV}, {V}), got (4, 2, {HV}, {V})"),
+    ({"out": strided}, ValueError, "out must be contiguous, got strides"),
+    ({"out": lambda x: torch.cat([x, x], -1)[..., :V]}, ValueError, "out must be contiguous, got strides"),
+    ({"out": lambda x: torch.cat([x, x], 1)[:, :HV]}, ValueError, "out must be contiguous, got strides"),
+    ({"out": meta}, ValueError, "out must be on cpu, got meta"),
+)
+
 STEP = "decode_step-slots"
 index_rows(STEP, "state_indices")
 rows(

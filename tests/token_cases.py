@@ -349,6 +349,13 @@ def _(m: Make, N: int) -> Call:
     return Call("packed_decode", "", args, {"num_k_heads": m.sizes.H})
 
 
+@case("packed_decode_out", "rows")
+def _(m: Make, N: int) -> Call:
+    s = m.sizes
+    args = m.columns(N, s.D), *m.raw(N), *m.gate_parameters().values(), m.pool(dtype=m.dtype), m.normal(N, s.HV, s.V)
+    return Call("packed_decode_out", "", (*args, m.slots(N)), {"num_k_heads": s.H})
+
+
 def _step(m: Make, N: int, operator: str, V: int) -> Call:
     m = Make(dataclasses.replace(m.sizes, V=V), m.device, m.dtype, m.random.randrange(1 << 30))
     s = m.sizes
