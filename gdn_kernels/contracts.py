@@ -633,6 +633,43 @@ def _rounding_seed(rounding_seed: torch.Tensor | None, name: str, states: torch.
         raise ValueError(f"rounding_seed must be None where {name} is float32, got a tensor")
 
 
+def _whole_rows(name: str, tensor: torch.Tensor, rank: int, layout: str, size: int) -> None:
+    """``[T, ...]`` of ``rank`` dimensions, or ``[1, T, ...]``, T a multiple of ``size``."""
+    _rank(name, tensor, f"[1, {layout}] or [{layout}]", rank, rank + 1)
+    batch, tokens = tensor.shape[0], tensor.shape[-rank]
+    if tensor.dim() > rank:
+        _check(
+            batch == 1,
+            ValueError,
+            lambda: f"{name} must have a batch dimension of 1 with tokens_per_row, got {batch}",
+        )
+    _check(
+        tokens % size == 0,
+        ValueError,
+        lambda: f"{name} must hold whole rows of tokens_per_row, {size}, got {tokens} tokens",
+    )
+
+
+def tokens_per_row(
+    size: int,
+    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+) -> None:
+    """Packed rows of ``size`` tokens each: tensors with or without a leading 1."""
+    if size < 1:
+        raise ValueError(f"tokens_per_row must be at least 1, got {size}")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None with tokens_per_row, got a tensor")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _whole_rows(name, tensor, 3, "T, heads, size", size)
+    for name, tensor in (("g", g), ("beta", beta)):
+        _whole_rows(name, tensor, 2, "T, HV", size)
+
+
 def recurrent_gated_delta_rule_paged(
     q: torch.Tensor,
     k: torch.Tensor,

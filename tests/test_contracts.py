@@ -440,6 +440,22 @@ rows(
     ({"parents": new(4, 2, dtype=torch.int32)}, ValueError, "parents must have a column for each of 3 tokens, got 2"),
 )
 
+ROWS = "recurrent_gated_delta_rule_verify-packed-rows-raw-tree"
+rows(
+    ROWS,
+    ({"tokens_per_row": 0}, ValueError, "tokens_per_row must be at least 1, got 0"),
+    ({"cu_seqlens": ints(0, 3, 6, 9, 12)}, ValueError, "cu_seqlens must be None with tokens_per_row, got a tensor"),
+    ({"tokens_per_row": 5}, ValueError, "q must hold whole rows of tokens_per_row, 5, got 12 tokens"),
+    ({"v": lambda x: x[:, :11]}, ValueError, "v must hold whole rows of tokens_per_row, 3, got 11 tokens"),
+    ({"beta": lambda x: x[0, :10]}, ValueError, "beta must hold whole rows of tokens_per_row, 3, got 10 tokens"),
+    ({"k": lambda x: x.view(2, 6, H, K)}, ValueError, "k must have a batch dimension of 1 with tokens_per_row, got 2"),
+    ({"g": lambda x: x[0, 0]}, ValueError, f"g must be [1, T, HV] or [T, HV], got shape ({HV},)"),
+    ({"q": lambda x: x[0, 0]}, ValueError, f"q must be [1, T, heads, size] or [T, heads, size], got shape ({H}, {K})"),
+    ({"g": lambda x: x[:, :9]}, ValueError, f"g must have shape (4, 3, {HV}), got (3, 3, {HV})"),
+    ({"state_indices": longer}, ValueError, "state_indices must have shape (4,), got (5,)"),
+    ({"k": to(torch.float16)}, TypeError, "k must have the dtype of q, float32, got float16"),
+)
+
 DECODE = "packed_decode-slots"
 index_rows(DECODE, "state_indices")
 rows(

@@ -314,6 +314,15 @@ def _(m: Make, N: int) -> Call:
     return Call("recurrent_gated_delta_rule_paged", "", args, {"num_accepted_tokens": m.accepted(N), **L2})
 
 
+@case("recurrent_gated_delta_rule_paged", "packed-rows")
+def _(m: Make, N: int) -> Call:
+    *qkv, g, beta = m.delta(1, N * DRAFTS)
+    table = torch.full((N, DRAFTS), -1, dtype=torch.int32, device=m.device)
+    table[:, 0] = m.slots(N)
+    options = {"tokens_per_row": DRAFTS, **L2}
+    return Call("recurrent_gated_delta_rule_paged", "", (*qkv, g[0], beta[0], m.pool(), table), options)
+
+
 @case("recurrent_gated_delta_rule_paged", "rounded-tokens")
 def _(m: Make, T: int) -> Call:
     inputs, offsets = m.packed(T)
@@ -325,6 +334,13 @@ def _(m: Make, T: int) -> Call:
 def _(m: Make, N: int) -> Call:
     args = *m.delta(N, DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS), m.slots(N)
     options = {"intermediate_indices": m.slots(N), "parents": m.parents(N), **L2}
+    return Call("recurrent_gated_delta_rule_verify", "", args, options)
+
+
+@case("recurrent_gated_delta_rule_verify", "packed-rows")
+def _(m: Make, N: int) -> Call:
+    args = *m.delta(1, N * DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS), m.slots(N)
+    options = {"intermediate_indices": m.slots(N), "parents": m.parents(N), "tokens_per_row": DRAFTS, **L2}
     return Call("recurrent_gated_delta_rule_verify", "", args, options)
 
 
