@@ -402,7 +402,9 @@ def causal_conv1d_update(
                 f"conv_state must hold at least W - 2 + t = {width - 2 + tokens} columns with num_accepted_tokens, "
                 f"got shape {tuple(conv_state.shape)}"
             )
-    _index_vector("state_indices", state_indices, rows)
+    if state_indices is not None:
+        _index("state_indices", state_indices)
+        _shape("state_indices", state_indices, rows)
     _same_device(x, state_indices=state_indices, num_accepted_tokens=num_accepted_tokens)
     if launch.debugging():
         _slot_values("state_indices", state_indices, conv_state.shape[0], pad_slot_id)

@@ -206,6 +206,12 @@ def conv_calls(m: Inputs) -> list[Call]:
         Call("causal_conv1d", "empty", (m.normal(0, D), weight, bias, state(2), m.indices([0, 0])), {}),
         Call("causal_conv1d_update", "rows", (rows, weight, bias, state(4)), {}),
         Call("causal_conv1d_update", "slots", (rows, weight, None, state(3, last="time")), {"state_indices": slots}),
+        Call(
+            "causal_conv1d_update",
+            "table-column",
+            (rows, weight, bias, state(4)),
+            {"state_indices": m.indices([[2, 1], [0, 1], [3, 1], [-1, 1]])[:, 0]},
+        ),
         Call("causal_conv1d_update", "drafts", (drafts, weight, bias, state(4)), {"activation": None}),
         Call(
             "causal_conv1d_update",

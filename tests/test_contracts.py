@@ -262,7 +262,14 @@ rows(
     ({"x": new(1, 12, D)}, ValueError, "x must be [T, D], got shape (1, 12,"),
 )
 conv_rows("causal_conv1d_update-accepted", "[N, D] or [N, t, D]")
-index_rows("causal_conv1d_update-accepted", "state_indices", "num_accepted_tokens")
+index_rows("causal_conv1d_update-accepted", "num_accepted_tokens")
+rows(
+    "causal_conv1d_update-table-column",
+    ({"state_indices": to(torch.int16)}, TypeError, f"state_indices must be {INDICES}, got int16"),
+    ({"state_indices": longer}, ValueError, "state_indices must have shape (4,), got (5,)"),
+    ({"state_indices": lambda x: x[:, None]}, ValueError, "state_indices must have shape (4,), got (4, 1)"),
+    ({"state_indices": meta}, ValueError, "state_indices must be on cpu, got meta"),
+)
 rows(
     "causal_conv1d_update-accepted",
     (

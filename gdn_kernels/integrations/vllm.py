@@ -23,7 +23,6 @@ import torch
 from gdn_kernels import contracts
 from gdn_kernels.graphs import SPLIT_OPERATORS
 from gdn_kernels.integrations import _engine_calls as calls
-from gdn_kernels.integrations._common import rows
 from gdn_kernels.integrations._engines import Plugin, Record, rebind
 from gdn_kernels.ops import conv
 
@@ -231,11 +230,6 @@ def causal_conv1d_update(
         return "no conv state"
     if out is not None:
         return "an out"
-    if conv_state_indices is not None:
-        if conv_state_indices.dim() != 1:
-            return "a table of blocks"
-        # The first column of a table of slots: the operators want it contiguous.
-        conv_state_indices = rows(conv_state_indices)
     width, drafts = weight.shape[1], 1
     tokens = x
     if query_start_loc is not None:
@@ -266,6 +260,8 @@ def causal_conv1d_update(
         )
         if why is not None:
             return why
+        if conv_state_indices is not None and conv_state_indices.dim() != 1:
+            return "a table of blocks"
         if x.dim() == 3 and x.stride(1) != 1 and drafts > 1:
             return "a time-last x"
         raise
