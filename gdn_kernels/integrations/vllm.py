@@ -242,18 +242,11 @@ def causal_conv1d_update(
         drafts = x.shape[2]
         tokens = x.transpose(1, 2)
     columns = width - 1 if num_accepted_tokens is None else width - 2 + drafts
-    activation = calls.conv_activation(activation)
+    options = calls.conv_options(activation, conv_state_indices, -1 if null_block_id is None else null_block_id)
+    if num_accepted_tokens is not None:
+        options["num_accepted_tokens"] = calls.first(num_accepted_tokens, tokens.shape[0])
     try:
-        y = _causal_conv1d_update(
-            tokens,
-            weight,
-            bias,
-            calls.conv_window(conv_state, columns),
-            state_indices=conv_state_indices,
-            num_accepted_tokens=calls.first(num_accepted_tokens, tokens.shape[0]),
-            activation=activation,
-            pad_slot_id=-1 if null_block_id is None else null_block_id,
-        )
+        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
     except calls.REFUSALS:
         why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
             conv_state_indices=conv_state_indices, num_accepted_tokens=num_accepted_tokens
@@ -389,26 +382,16 @@ def _update(q, k, v, g, beta, A_log, dt_bias, state, in_place, cu_seqlens, indic
         # A row has at most a token a slot, so this many tokens mean that all have as many.
         count, rows = cu_seqlens.shape[0] - 1, 1 if indices.dim() == 1 else indices.shape[1]
         rows = rows if q.shape[1] == count * rows else None
+    options = calls.delta_options(scale, use_qk_l2norm, A_log, dt_bias, rows)
+    options["pad_slot_id"] = NULL
     if rows is None:
         g, beta = calls.packed_gates(g, k), calls.packed_gates(beta, k)
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
+    if accepted is not None:
+        options["num_accepted_tokens"] = calls.first(accepted, count)
     try:
-        o = _paged(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state,
-            calls.first(indices, count),
-            cu_seqlens=None if rows else cu_seqlens,
-            num_accepted_tokens=calls.first(accepted, count),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            pad_slot_id=NULL,
-            tokens_per_row=rows,
-        )
+        o = _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
     except calls.REFUSALS:
         why = calls.state_reason(state) or calls.index_reason(
             ssm_state_indices=indices, num_accepted_tokens=accepted, cu_seqlens=cu_seqlens

@@ -139,18 +139,12 @@ def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad
         return "no conv state"
     width, drafted = weight.shape[1], x.dim() == 3
     columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
-    activation = calls.conv_activation(activation)
+    options = calls.conv_options(activation, indices, pad_slot_id)
+    if accepted is not None:
+        options["num_accepted_tokens"] = accepted
     try:
-        y = _causal_conv1d_update(
-            x.transpose(1, 2) if drafted else x,
-            weight,
-            bias,
-            calls.conv_window(conv_state, columns),
-            state_indices=indices,
-            num_accepted_tokens=accepted,
-            activation=activation,
-            pad_slot_id=pad_slot_id,
-        )
+        tokens = x.transpose(1, 2) if drafted else x
+        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
     except calls.REFUSALS:
         why = _update_reason(x, conv_state, weight, activation, conv_state_indices=indices)
         if why is None:
@@ -199,7 +193,6 @@ def causal_conv1d_update(
         return "intermediate windows beside accepted counts"
     if conv_state is None:
         return "no conv state"
-    activation = calls.conv_activation(activation)
     try:
         return _causal_conv1d_verify(
             x.transpose(1, 2),
@@ -207,10 +200,8 @@ def causal_conv1d_update(
             bias,
             calls.conv_window(conv_state, weight.shape[1] - 1),
             intermediate_conv_window,
-            state_indices=conv_state_indices,
             intermediate_indices=intermediate_state_indices,
-            activation=activation,
-            pad_slot_id=pad_slot_id,
+            **calls.conv_options(activation, conv_state_indices, pad_slot_id),
         ).transpose(1, 2)
     except calls.REFUSALS:
         why = _update_reason(

@@ -196,42 +196,19 @@ def _update(
         rows = drafts if drafts and q.shape[1] == count * drafts else None
         if rows is None and buffer is not None:
             return "drafts of unequal lengths"
+    options = calls.delta_options(scale, use_qk_l2norm, A_log, dt_bias, rows)
     if rows is None:
         g, beta = calls.packed_gates(g, k), calls.packed_gates(beta, k)
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
     try:
         if buffer is None:
-            return _paged(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                state,
-                calls.first(indices, count),
-                cu_seqlens=None if rows else cu_seqlens,
-                scale=scale,
-                use_qk_l2norm=use_qk_l2norm,
-                A_log=A_log,
-                dt_bias=dt_bias,
-                tokens_per_row=rows,
-            )
-        return _verify(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            state,
-            buffer,
-            calls.first(indices, count),
-            intermediate_indices=calls.first(buffer_indices, count),
-            parents=calls.first(parents, count),
-            scale=scale,
-            use_qk_l2norm=use_qk_l2norm,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            tokens_per_row=rows,
-        )
+            return _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
+        if buffer_indices is not None:
+            options["intermediate_indices"] = calls.first(buffer_indices, count)
+        if parents is not None:
+            options["parents"] = calls.first(parents, count)
+        return _verify(q, k, v, g, beta, state, buffer, calls.first(indices, count), **options)
     except calls.REFUSALS:
         why = calls.state_reason(state) or calls.index_reason(
             indices=indices, buffer_indices=buffer_indices, parents=parents, cu_seqlens=cu_seqlens
