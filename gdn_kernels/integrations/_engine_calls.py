@@ -2,7 +2,8 @@
 
 A call that an operator takes costs little more than the operator: reasons are looked for once it has refused the call,
 which it does before it writes. What an operator would take otherwise than the engine means it is asked beforehand. And
-options at their default are left out: each costs the dispatcher 0.4 us (torch 2.13, CPU).
+options at their default are left out: each costs the dispatcher 0.4 us (torch 2.13, CPU). Views are made the quickest
+way: of numbers 0.9 us, where a shape takes 2.5, mT 0.8, where transpose takes 1.1.
 """
 
 from __future__ import annotations
@@ -73,11 +74,12 @@ def _norm(
             return _layer_norm_gated(x, weight, bias, z, **options)
         _layer_norm_gated_out(x, weight, bias, z, out, **options)
         return out
-    by_head = *z.shape[:2], x.shape[1]
+    tokens, heads, _ = z.shape
+    columns = x.shape[1]
     if out is None:
-        return _layer_norm_gated(x.view(by_head), weight, bias, z, **options).view(x.shape)
-    y = out.view(by_head)
-    _layer_norm_gated_out(y if out is x else x.view(by_head), weight, bias, z, y, **options)
+        return _layer_norm_gated(x.view(tokens, heads, columns), weight, bias, z, **options).view_as(x)
+    y = out.view(tokens, heads, columns)
+    _layer_norm_gated_out(y if out is x else x.view(tokens, heads, columns), weight, bias, z, y, **options)
     return out
 
 
@@ -95,6 +97,8 @@ def _norm_reason(
         return "a norm over more columns than are built"
     if out is not None and out.dtype != x.dtype:
         return "an out of another dtype than x"
+    if out is not None and out.stride(-1) != 1:
+        return "an out whose rows are not contiguous"
     return None
 
 
@@ -241,14 +245,14 @@ def conv_prefill(
         has_initial_state = x.new_zeros(count, dtype=torch.bool)
     try:
         return _causal_conv1d(
-            x.t(),
+            x.mT,
             weight,
             bias,
             conv_window(conv_state, weight.shape[1] - 1),
             offsets,
             has_initial_state=first(has_initial_state, count),
             **conv_options(activation, first(indices, count), pad_slot_id),
-        ).t()
+        ).mT
     except REFUSALS:
         why = conv_reason(x, weight, conv_state, activation) or index_reason(
             cache_indices=indices, query_start_loc=offsets

@@ -240,7 +240,7 @@ def causal_conv1d_update(
         tokens = x.view(-1, drafts, x.shape[1])
     elif x.dim() == 3:
         drafts = x.shape[2]
-        tokens = x.transpose(1, 2)
+        tokens = x.mT
     columns = width - 1 if num_accepted_tokens is None else width - 2 + drafts
     options = calls.conv_options(activation, conv_state_indices, -1 if null_block_id is None else null_block_id)
     if num_accepted_tokens is not None:
@@ -259,8 +259,8 @@ def causal_conv1d_update(
             return "a time-last x"
         raise
     if query_start_loc is not None:
-        return y.view(x.shape)
-    return y.transpose(1, 2) if x.dim() == 3 else y
+        return y.view_as(x)
+    return y.mT if x.dim() == 3 else y
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
 
+_gating = torch.ops.gdn.gating.default
+_split_qkvz_ba = torch.ops.gdn.split_qkvz_ba.default
 _causal_conv1d_update = torch.ops.gdn.causal_conv1d_update.default
 _causal_conv1d_verify = torch.ops.gdn.causal_conv1d_verify.default
 
@@ -25,13 +27,13 @@ def fused_gdn_gating(A_log, a, b, dt_bias, beta=1.0, threshold=20.0):
         return "another softplus"
     if a.dtype != b.dtype:
         return "a and b of two dtypes"
-    return torch.ops.gdn.gating(a.unsqueeze(0), b.unsqueeze(0), A_log, dt_bias)
+    return _gating(a[None], b[None], A_log, dt_bias)
 
 
 @plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat", "split_qkvz_ba")
 def fused_qkvzba_split_reshape_cat(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v):
     """Interleaved projections: ``mixed_qkv [T, D]``, ``z [T, HV, V]``, ``b`` and ``a`` ``[T, HV]``."""
-    return torch.ops.gdn.split_qkvz_ba(
+    return _split_qkvz_ba(
         mixed_qkvz,
         mixed_ba,
         num_k_heads=num_heads_qk,
@@ -143,14 +145,14 @@ def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad
     if accepted is not None:
         options["num_accepted_tokens"] = accepted
     try:
-        tokens = x.transpose(1, 2) if drafted else x
+        tokens = x.mT if drafted else x
         y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
     except calls.REFUSALS:
         why = _update_reason(x, conv_state, weight, activation, conv_state_indices=indices)
         if why is None:
             raise
         return why
-    return y.transpose(1, 2) if drafted else y
+    return y.mT if drafted else y
 
 
 def _update_reason(x, conv_state, weight, activation, **indices):
@@ -195,14 +197,14 @@ def causal_conv1d_update(
         return "no conv state"
     try:
         return _causal_conv1d_verify(
-            x.transpose(1, 2),
+            x.mT,
             weight,
             bias,
             calls.conv_window(conv_state, weight.shape[1] - 1),
             intermediate_conv_window,
             intermediate_indices=intermediate_state_indices,
             **calls.conv_options(activation, conv_state_indices, pad_slot_id),
-        ).transpose(1, 2)
+        ).mT
     except calls.REFUSALS:
         why = _update_reason(
             x,

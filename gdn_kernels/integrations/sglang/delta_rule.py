@@ -8,6 +8,7 @@ from gdn_kernels.contracts import CHUNK, HEAD_DIMS
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import BACKEND, FLA, KERNEL, LINEAR, plugin
 
+_prefill = torch.ops.gdn.chunk_gated_delta_rule_paged.default
 _paged = torch.ops.gdn.recurrent_gated_delta_rule_paged.default
 _verify = torch.ops.gdn.recurrent_gated_delta_rule_verify.default
 
@@ -37,10 +38,11 @@ def kernel_packed_decode(
     self, mixed_qkv, a, b, *, A_log, dt_bias, scale, ssm_states, cache_indices, num_v_heads, head_v_dim, **kwargs
 ):
     """``[1, B, HV, V]``: the decode step of SGLang's kernel object, without the copy into its out."""
-    if any(kwargs.get(name) is not None for name in ("replayssm_d", "replayssm_k", "replayssm_g")):
-        return "ReplaySSM"
+    for name in ("replayssm_d", "replayssm_k", "replayssm_g"):
+        if kwargs.get(name) is not None:
+            return "ReplaySSM"
     o = calls.packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, ssm_states, None, cache_indices, True, -1)
-    return o if isinstance(o, str) else o.unsqueeze(0)
+    return o if isinstance(o, str) else o[None]
 
 
 @plugin.place(
@@ -294,59 +296,56 @@ def kernel_extend(
     ``track_chunk_idx[n]`` of 64 tokens begins; a negative chunk leaves the row alone.
     """
     track, chunk = kwargs.get("track_state"), kwargs.get("track_chunk_idx")
-    why = _extend_reason(q, v, g, beta, ssm_states, cache_indices)
-    if why is not None:
-        if track is None:
-            return why
-        # The engine's kernel gives the states of all chunks, and does not know of the buffer.
-        options = {name: value for name, value in kwargs.items() if name not in ("track_state", "track_chunk_idx")}
-        o, state, h = original(
-            self,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            ssm_states=ssm_states,
-            cache_indices=cache_indices,
-            query_start_loc=query_start_loc,
-            inplace_update=inplace_update,
-            **options,
-        )
-        chunks = (query_start_loc.diff() + CHUNK - 1) // CHUNK
-        _keep(track, chunk, h[0], chunks.cumsum(0) - chunks + chunk)
-        return o, state, h
     out = kwargs.get("output")
     if out is None or out.shape != v.shape or out.dtype != v.dtype:
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    options = {"use_qk_l2norm": True, "write_indices": None if inplace_update else torch.full_like(cache_indices, -1)}
-    if track is None:
-        torch.ops.gdn.chunk_gated_delta_rule_paged(
-            q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, **options
-        )
+    options = {"use_qk_l2norm": True}
+    if not inplace_update:
+        options["write_indices"] = torch.full_like(cache_indices, -1)
+    try:
+        if track is None:
+            _prefill(q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, **options)
+        else:
+            _tracked_prefill(q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, track, chunk, options)
         return out, None, None
-    whole = query_start_loc.diff() // CHUNK
-    offsets = torch.nn.functional.pad(whole.cumsum(0), (1, 0)).to(query_start_loc.dtype)
-    kept = torch.empty(max(q.shape[1] // CHUNK, 1), *ssm_states.shape[1:], dtype=torch.float32, device=q.device)
-    # A state at the start of chunk 0 is the one before the call.
-    before = ssm_states[cache_indices.clamp(min=0)].float()
-    torch.ops.gdn.chunk_gated_delta_rule_paged_checkpoints(
+    except (*calls.REFUSALS, NotImplementedError) as error:
+        why = _extend_reason(q, v, g, beta, ssm_states, cache_indices)
+        if why is None:
+            if not isinstance(error, NotImplementedError):
+                raise
+            why = str(error)
+    if track is None:
+        return why
+    # The engine's kernel gives the states of all chunks, and does not know of the buffer.
+    options = {name: value for name, value in kwargs.items() if name not in ("track_state", "track_chunk_idx")}
+    o, state, h = original(
+        self,
         q,
         k,
         v,
         g,
         beta,
-        ssm_states,
-        out,
-        kept,
-        cache_indices,
-        query_start_loc,
-        offsets,
-        checkpoint_interval=CHUNK,
+        ssm_states=ssm_states,
+        cache_indices=cache_indices,
+        query_start_loc=query_start_loc,
+        inplace_update=inplace_update,
         **options,
     )
-    _keep(track, chunk, kept, offsets[:-1] + chunk - 1, before)
-    return out, None, None
+    chunks = (query_start_loc.diff() + CHUNK - 1) // CHUNK
+    _keep(track, chunk, h[0], chunks.cumsum(0) - chunks + chunk)
+    return o, state, h
+
+
+def _tracked_prefill(q, k, v, g, beta, state, out, indices, offsets, track, chunk, options):
+    # A sequence has as many whole chunks as lie between its offsets in chunks, or one fewer.
+    rows = offsets // CHUNK
+    kept = torch.empty(max(q.shape[1] // CHUNK, 1), *state.shape[1:], dtype=torch.float32, device=q.device)
+    # A state at the start of chunk 0 is the one before the call.
+    before = state[indices.clamp(min=0)].float()
+    torch.ops.gdn.chunk_gated_delta_rule_paged_checkpoints(
+        q, k, v, g, beta, state, out, kept, indices, offsets, rows, checkpoint_interval=CHUNK, **options
+    )
+    _keep(track, chunk, kept, rows[:-1] + chunk - 1, before)
 
 
 def _extend_reason(q, v, g, beta, state, indices):
