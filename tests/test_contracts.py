@@ -634,6 +634,20 @@ def test_every_call_of_the_table_is_good_before_its_change() -> None:
         getattr(torch.ops.gdn, call.operator)(**arguments(call))
 
 
+def test_the_strides_of_single_entries_do_not_count() -> None:
+    """One row of a wider tensor, or one with a token dimension, is contiguous."""
+    call = operator_cases.call(DECODE_OUT)
+    named = arguments(call)
+    for name in ("mixed_qkv", "a", "b", "state_indices"):
+        named[name] = named[name][:1]
+    wide = torch.full((3, 2 * HV, V), torch.nan)
+    for out in (wide[:1, :HV], wide[1:2, None, :HV]):
+        assert out.stride(0) != HV * V
+        torch.ops.gdn.packed_decode_out(**{**named, "state": named["state"].clone(), "out": out})
+    wanted = torch.ops.gdn.packed_decode(**{name: x for name, x in named.items() if name != "out"})
+    assert torch.equal(wide[:2, :HV], wanted.expand(2, HV, V)) and wide[:, HV:].isnan().all() and wide[2].isnan().all()
+
+
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name.startswith("chunk")])
 def test_a_chunked_prefill_in_fp32_on_a_gpu_is_refused(operator: str) -> None:
     call = next(call for call in operator_cases.calls() if call.operator == operator)
