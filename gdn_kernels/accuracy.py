@@ -330,8 +330,20 @@ class OperatorChecks:
         return [(o, self.stacked(self.row_o64)), (states, self.stacked(self.row_states64))]
 
     def packed_decode(self) -> Pairs:
+        return self.decoded(torch.ops.gdn.packed_decode)
+
+    def packed_decode_out(self) -> Pairs:
+        def into(*arguments: Any, **options: Any) -> torch.Tensor:
+            *inputs, slots = arguments
+            out = torch.empty_like(self.z[: self.rows : self.STEPS], memory_format=torch.contiguous_format)
+            torch.ops.gdn.packed_decode_out(*inputs, out, slots, **options)
+            return out
+
+        return self.decoded(into)
+
+    def decoded(self, operator: Callable[..., torch.Tensor]) -> Pairs:
         pool, first = self.pool.clone(), slice(0, self.rows, self.STEPS)  # each row's first token
-        o = torch.ops.gdn.packed_decode(
+        o = operator(
             self.mixed[first],
             self.a[first],
             self.b[first],

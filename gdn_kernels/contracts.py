@@ -402,7 +402,9 @@ def causal_conv1d_update(
                 f"conv_state must hold at least W - 2 + t = {width - 2 + tokens} columns with num_accepted_tokens, "
                 f"got shape {tuple(conv_state.shape)}"
             )
-    _index_vector("state_indices", state_indices, rows)
+    if state_indices is not None:
+        _index("state_indices", state_indices)
+        _shape("state_indices", state_indices, rows)
     _same_device(x, state_indices=state_indices, num_accepted_tokens=num_accepted_tokens)
     if launch.debugging():
         _slot_values("state_indices", state_indices, conv_state.shape[0], pad_slot_id)
@@ -633,6 +635,43 @@ def _rounding_seed(rounding_seed: torch.Tensor | None, name: str, states: torch.
         raise ValueError(f"rounding_seed must be None where {name} is float32, got a tensor")
 
 
+def _whole_rows(name: str, tensor: torch.Tensor, rank: int, layout: str, size: int) -> None:
+    """``[T, ...]`` of ``rank`` dimensions, or ``[1, T, ...]``, T a multiple of ``size``."""
+    _rank(name, tensor, f"[1, {layout}] or [{layout}]", rank, rank + 1)
+    batch, tokens = tensor.shape[0], tensor.shape[-rank]
+    if tensor.dim() > rank:
+        _check(
+            batch == 1,
+            ValueError,
+            lambda: f"{name} must have a batch dimension of 1 with tokens_per_row, got {batch}",
+        )
+    _check(
+        tokens % size == 0,
+        ValueError,
+        lambda: f"{name} must hold whole rows of tokens_per_row, {size}, got {tokens} tokens",
+    )
+
+
+def tokens_per_row(
+    size: int,
+    cu_seqlens: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+) -> None:
+    """Packed rows of ``size`` tokens each: tensors with or without a leading 1."""
+    if size < 1:
+        raise ValueError(f"tokens_per_row must be at least 1, got {size}")
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None with tokens_per_row, got a tensor")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _whole_rows(name, tensor, 3, "T, heads, size", size)
+    for name, tensor in (("g", g), ("beta", beta)):
+        _whole_rows(name, tensor, 2, "T, HV", size)
+
+
 def recurrent_gated_delta_rule_paged(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -780,6 +819,31 @@ def packed_decode(
     _rounding_seed(rounding_seed, "state", state)
     if launch.debugging():
         _slot_values("state_indices", state_indices, state.shape[0], pad_slot_id)
+
+
+def packed_decode_out(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor,
+    state_indices: torch.Tensor,
+    **options: Any,
+) -> None:
+    packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, **options)
+    num_v_heads, head_v_dim = state.shape[1:3]
+    _same_dtype("out", out, "mixed_qkv", mixed_qkv)
+    _rank("out", out, "[N, HV, V] or [N, 1, HV, V]", 3, 4)
+    token = (1,) if out.dim() == 4 else ()
+    _shape("out", out, mixed_qkv.shape[0], *token, num_v_heads, head_v_dim)
+    _same_device(mixed_qkv, out=out)
+    row = num_v_heads * head_v_dim
+    for size, stride, wanted in zip(out.shape, out.stride(), (row, *(row for _ in token), head_v_dim, 1), strict=True):
+        # is_contiguous would ask how many rows there are
+        if stride != wanted and not (isinstance(size, int) and size < 2):
+            raise ValueError(f"out must be contiguous, got strides {tuple(out.stride())}")
 
 
 def decode_step(

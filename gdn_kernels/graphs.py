@@ -318,10 +318,10 @@ def _decode(
     metadata: BatchMetadata,
 ) -> None:
     rows = metadata.state_indices.shape[0]
-    arguments = a[:rows], b[:rows], layer.A_log, layer.dt_bias, layer.recurrent_state, metadata.state_indices
+    arguments, slots = (a[:rows], b[:rows], layer.A_log, layer.dt_bias, layer.recurrent_state), metadata.state_indices
     options = {"num_k_heads": layer.num_k_heads, "pad_slot_id": metadata.pad_slot_id}
     # the whole call is checked before the conv writes its state
-    contracts.packed_decode(mixed_qkv[:rows], *arguments, **options)
+    contracts.packed_decode(mixed_qkv[:rows], *arguments, slots, **options)
     convolved = torch.ops.gdn.causal_conv1d_update(
         mixed_qkv[:rows],
         layer.conv_weight,
@@ -331,7 +331,11 @@ def _decode(
         activation=layer.activation,
         pad_slot_id=metadata.pad_slot_id,
     )
-    output[:rows].copy_(torch.ops.gdn.packed_decode(convolved, *arguments, **options))
+    out = output[:rows]
+    if out.is_contiguous():
+        torch.ops.gdn.packed_decode_out(convolved, *arguments, out, slots, **options)
+    else:
+        out.copy_(torch.ops.gdn.packed_decode(convolved, *arguments, slots, **options))
     output[rows:].zero_()
 
 

@@ -206,6 +206,12 @@ def conv_calls(m: Inputs) -> list[Call]:
         Call("causal_conv1d", "empty", (m.normal(0, D), weight, bias, state(2), m.indices([0, 0])), {}),
         Call("causal_conv1d_update", "rows", (rows, weight, bias, state(4)), {}),
         Call("causal_conv1d_update", "slots", (rows, weight, None, state(3, last="time")), {"state_indices": slots}),
+        Call(
+            "causal_conv1d_update",
+            "table-column",
+            (rows, weight, bias, state(4)),
+            {"state_indices": m.indices([[2, 1], [0, 1], [3, 1], [-1, 1]])[:, 0]},
+        ),
         Call("causal_conv1d_update", "drafts", (drafts, weight, bias, state(4)), {"activation": None}),
         Call(
             "causal_conv1d_update",
@@ -287,7 +293,7 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
                 {"checkpoint_interval": 64, "use_qk_l2norm": True},
             ),
         ]
-    rows, few = m.delta(3, batch=4), m.delta(9, padding=2)
+    rows, few, flat = m.delta(3, batch=4), m.delta(9, padding=2), m.delta(12)
     few_offsets = m.indices([0, 3, 3, 4, 7])
     table = m.indices([[0, 1, 2], [3, 4, -1], [5, 6, 7], [-1, 8, 9]])
     calls += [
@@ -314,6 +320,29 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
             "raw-null-slot",
             (*m.delta(1, batch=4, raw=True), m.pool(6, m.dtype), m.indices([0, 5, 2, 99])),
             {"use_qk_l2norm": True, "pad_slot_id": 0, **m.gate_parameters()},
+        ),
+        Call(
+            "recurrent_gated_delta_rule_paged",
+            "packed-rows-slot-per-token",
+            (*flat[:3], *(x[0] for x in flat[3:]), m.pool(10), table),
+            {"num_accepted_tokens": m.indices([2, 1, 3, 1]), "tokens_per_row": 3, "use_qk_l2norm": True},
+        ),
+        Call(
+            "recurrent_gated_delta_rule_paged",
+            "packed-rows-no-batch-dimension",
+            (*(x[0] for x in flat), m.pool(13), m.indices([3, -1, 0, 5, 7, 8, 9, 10, 11, 12, 1, 2])),
+            {"tokens_per_row": 1, "use_qk_l2norm": True},
+        ),
+        Call(
+            "recurrent_gated_delta_rule_verify",
+            "packed-rows-raw-tree",
+            (*m.delta(12, raw=True), m.pool(6), m.pool(4, lead=(3,)), slots),
+            {
+                "parents": m.indices([[-1, 0, 0], [-1, 0, 1], [-1, -1, 1], [-1, -1, 0]]),
+                "tokens_per_row": 3,
+                "use_qk_l2norm": True,
+                **m.gate_parameters(),
+            },
         ),
         Call(
             "recurrent_gated_delta_rule_verify",
@@ -374,6 +403,35 @@ def delta_calls(m: Inputs, chunked: bool = True) -> list[Call]:
             "packed_decode",
             "empty",
             (m.normal(0, D), m.normal(0, HV), m.normal(0, HV), *parameters, m.pool(6), m.indices([])),
+            heads,
+        ),
+        Call(
+            "packed_decode_out",
+            "slots",
+            (m.columns(4, D), a, b, *parameters, m.pool(6), m.normal(4, HV, V), slots),
+            {**heads, "scale": 0.4},
+        ),
+        Call(
+            "packed_decode_out",
+            "rounded-null-slot-token-dimension",
+            (
+                m.columns(4, D),
+                a,
+                b,
+                *parameters,
+                m.pool(6, torch.float16),
+                m.normal(4, 1, HV, V),
+                m.indices([0, 1, 2, 3]),
+            ),
+            {**heads, "pad_slot_id": 0, "rounding_seed": m.indices([3], torch.int64)},
+        ),
+        Call(
+            "packed_decode_out",
+            "empty",
+            (
+                *(m.normal(0, D), m.normal(0, HV), m.normal(0, HV), *parameters, m.pool(6)),
+                *(m.normal(0, HV, V), m.indices([])),
+            ),
             heads,
         ),
     ]

@@ -373,6 +373,13 @@ def check_far(far_pool, near, outputs, rows=3):
     assert a.any()
 
 
+def test_packed_decode_out_needs_no_binary_of_its_own():
+    make("packed_decode-rows", 4).run()
+    before = launch.binaries()
+    make("packed_decode_out-rows", 4).run()
+    assert launch.binaries() == before > 0
+
+
 def test_packed_decode_reaches_slots_past_2_31_elements(far_pool):
     m, near, slots, far = near_and_far(far_pool, 1)
     args = m.normal(3, WIDE.D), *m.raw(3), *m.gate_parameters().values()

@@ -262,7 +262,14 @@ rows(
     ({"x": new(1, 12, D)}, ValueError, "x must be [T, D], got shape (1, 12,"),
 )
 conv_rows("causal_conv1d_update-accepted", "[N, D] or [N, t, D]")
-index_rows("causal_conv1d_update-accepted", "state_indices", "num_accepted_tokens")
+index_rows("causal_conv1d_update-accepted", "num_accepted_tokens")
+rows(
+    "causal_conv1d_update-table-column",
+    ({"state_indices": to(torch.int16)}, TypeError, f"state_indices must be {INDICES}, got int16"),
+    ({"state_indices": longer}, ValueError, "state_indices must have shape (4,), got (5,)"),
+    ({"state_indices": lambda x: x[:, None]}, ValueError, "state_indices must have shape (4,), got (4, 1)"),
+    ({"state_indices": meta}, ValueError, "state_indices must be on cpu, got meta"),
+)
 rows(
     "causal_conv1d_update-accepted",
     (
@@ -440,6 +447,22 @@ rows(
     ({"parents": new(4, 2, dtype=torch.int32)}, ValueError, "parents must have a column for each of 3 tokens, got 2"),
 )
 
+ROWS = "recurrent_gated_delta_rule_verify-packed-rows-raw-tree"
+rows(
+    ROWS,
+    ({"tokens_per_row": 0}, ValueError, "tokens_per_row must be at least 1, got 0"),
+    ({"cu_seqlens": ints(0, 3, 6, 9, 12)}, ValueError, "cu_seqlens must be None with tokens_per_row, got a tensor"),
+    ({"tokens_per_row": 5}, ValueError, "q must hold whole rows of tokens_per_row, 5, got 12 tokens"),
+    ({"v": lambda x: x[:, :11]}, ValueError, "v must hold whole rows of tokens_per_row, 3, got 11 tokens"),
+    ({"beta": lambda x: x[0, :10]}, ValueError, "beta must hold whole rows of tokens_per_row, 3, got 10 tokens"),
+    ({"k": lambda x: x.view(2, 6, H, K)}, ValueError, "k must have a batch dimension of 1 with tokens_per_row, got 2"),
+    ({"g": lambda x: x[0, 0]}, ValueError, f"g must be [1, T, HV] or [T, HV], got shape ({HV},)"),
+    ({"q": lambda x: x[0, 0]}, ValueError, f"q must be [1, T, heads, size] or [T, heads, size], got shape ({H}, {K})"),
+    ({"g": lambda x: x[:, :9]}, ValueError, f"g must have shape (4, 3, {HV}), got (3, 3, {HV})"),
+    ({"state_indices": longer}, ValueError, "state_indices must have shape (4,), got (5,)"),
+    ({"k": to(torch.float16)}, TypeError, "k must have the dtype of q, float32, got float16"),
+)
+
 DECODE = "packed_decode-slots"
 index_rows(DECODE, "state_indices")
 rows(
@@ -464,6 +487,23 @@ rows(
     ({"b": meta}, ValueError, "b must be on cpu, got meta"),
     ({"A_log": longer}, ValueError, f"A_log must have shape ({HV},), got ({HV + 1},)"),
     ({"dt_bias": to(torch.int32)}, TypeError, f"dt_bias must be {FLOATS}, got int32"),
+)
+
+DECODE_OUT = "packed_decode_out-slots"
+index_rows(DECODE_OUT, "state_indices")
+rows(
+    DECODE_OUT,
+    ({"mixed_qkv": to(torch.int32)}, TypeError, f"mixed_qkv must be {FLOATS}, got int32"),
+    ({"state": strided}, ValueError, "state must hold each [HV, V, K] block contiguously, got strides"),
+    ({"out": to(torch.float16)}, TypeError, "out must have the dtype of mixed_qkv, float32, got float16"),
+    ({"out": lambda x: x[0]}, ValueError, f"out must be [N, HV, V] or [N, 1, HV, V], got shape ({HV}, {V})"),
+    ({"out": longer}, ValueError, f"out must have shape (4, {HV}, {V}), got (5, {HV}, {V})"),
+    ({"out": wider}, ValueError, f"out must have shape (4, {HV}, {V}), got (4, {HV}, {V + 1})"),
+    ({"out": new(4, 2, HV, V)}, ValueError, f"out must have shape (4, 1, {HV}, {V}), got (4, 2, {HV}, {V})"),
+    ({"out": strided}, ValueError, "out must be contiguous, got strides"),
+    ({"out": lambda x: torch.cat([x, x], -1)[..., :V]}, ValueError, "out must be contiguous, got strides"),
+    ({"out": lambda x: torch.cat([x, x], 1)[:, :HV]}, ValueError, "out must be contiguous, got strides"),
+    ({"out": meta}, ValueError, "out must be on cpu, got meta"),
 )
 
 STEP = "decode_step-slots"
@@ -592,6 +632,20 @@ def test_every_call_of_the_table_is_good_before_its_change() -> None:
     for base in dict.fromkeys(base for base, *_ in TABLE):
         call = operator_cases.call(base)
         getattr(torch.ops.gdn, call.operator)(**arguments(call))
+
+
+def test_the_strides_of_single_entries_do_not_count() -> None:
+    """One row of a wider tensor, or one with a token dimension, is contiguous."""
+    call = operator_cases.call(DECODE_OUT)
+    named = arguments(call)
+    for name in ("mixed_qkv", "a", "b", "state_indices"):
+        named[name] = named[name][:1]
+    wide = torch.full((3, 2 * HV, V), torch.nan)
+    for out in (wide[:1, :HV], wide[1:2, None, :HV]):
+        assert out.stride(0) != HV * V
+        torch.ops.gdn.packed_decode_out(**{**named, "state": named["state"].clone(), "out": out})
+    wanted = torch.ops.gdn.packed_decode(**{name: x for name, x in named.items() if name != "out"})
+    assert torch.equal(wide[:2, :HV], wanted.expand(2, HV, V)) and wide[:, HV:].isnan().all() and wide[2].isnan().all()
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name.startswith("chunk")])

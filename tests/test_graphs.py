@@ -203,6 +203,19 @@ def test_what_the_batch_leaves_of_the_output_is_zero(phase: str) -> None:
     assert not output[end:].any() and torch.isfinite(output).all() and output[:end].any()
 
 
+@pytest.mark.parametrize("phase", BATCHES)
+def test_an_output_of_wider_rows_has_the_bits_of_a_contiguous_one(phase: str) -> None:
+    found = []
+    for columns in (HV, HV + 1):
+        *tensors, output = split_arguments()
+        output = torch.full((TOKENS, columns, V), torch.nan)[:, :HV]
+        layers = Model().states()
+        with graphs.forward_context(layers, BATCHES[phase]):
+            graphs.linear_attention_with_output(*tensors, output, 0)
+        found.append([output, *pools(layers)])
+    assert_same_bits(*found, phase)
+
+
 def test_a_batch_of_no_sequences_is_all_padding() -> None:
     for metadata in (graphs.BatchMetadata(integers()), graphs.BatchMetadata(integers(), integers(0))):
         *tensors, output = split_arguments()

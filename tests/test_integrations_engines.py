@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import sys
 import types
 from pathlib import Path
@@ -316,6 +317,190 @@ def test_decode_writes_out_and_pool_and_knows_the_engines_null_slot(engine, monk
     assert not out[1].any() and torch.equal(state[[0, 1, 2, 4]], before[[0, 1, 2, 4]])
     row = {row["place"]: row for row in plugin.report()}[path]
     assert row["calls"] == 1 and f"mixed_qkv float32 [3, {D}]" in row["shapes"]
+
+
+class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of what is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+@both
+@pytest.mark.parametrize(
+    "out, ran",
+    [
+        (torch.empty(2, 1, HV, V), ["packed_decode_out"]),
+        (torch.empty(2, 1, HV, 2 * V)[..., :V], ["packed_decode", "unsqueeze", "copy_"]),
+        (torch.empty(2, 1, HV, V, dtype=torch.float64), ["packed_decode", "unsqueeze", "copy_"]),
+    ],
+    ids=["written", "strided", "another-dtype"],
+)
+def test_decode_writes_the_engines_tensor_or_copies_into_it(out, ran, engine, monkeypatch):
+    plugin, found = stand_in(engine, monkeypatch)
+    plugin.apply()
+    arguments = {**decode_arguments([3, 5]), "out": out.fill_(torch.nan)}
+    before = arguments["initial_state"].clone()
+    with Dispatched() as dispatched:
+        returned, _ = found.get(place(plugin, ".fused_recurrent_gated_delta_rule_packed_decode").path)(**arguments)
+    names = ("mixed_qkv", "a", "b", "A_log", "dt_bias")
+    slots = arguments["ssm_state_indices"]
+    wanted = torch.ops.gdn.packed_decode(*(arguments[name] for name in names), before, slots, num_k_heads=H)
+    assert returned is out and torch.equal(out[:, 0], wanted.to(out.dtype))
+    assert torch.equal(arguments["initial_state"], before)
+    # an operator that refuses is not dispatched to its end
+    assert [name for name in dispatched.names if name != "packed_decode_out" or len(ran) == 1] == ran
+
+
+def update_arguments(engine: str, tokens: int, rows: int = 3) -> dict[str, Any]:
+    """What an engine gives its gated update for rows of ``tokens``, packed, the gates as columns of one tensor."""
+    q, k, v = rand(1, rows * tokens, D).split([H * K, H * K, HV * V], dim=-1)
+    gates = rand(rows * tokens, 2 * HV)
+    arguments = {
+        "A_log": rand(HV),
+        "dt_bias": rand(HV, seed=1),
+        "a": gates[:, HV:],
+        "b": gates[:, :HV],
+        "q": q.unflatten(-1, (H, K)),
+        "k": k.unflatten(-1, (H, K)),
+        "v": v.unflatten(-1, (HV, V)),
+        "use_qk_l2norm_in_kernel": True,
+        "cu_seqlens": torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32),
+    }
+    slots, pool = torch.tensor([3, 1, 5], dtype=torch.int32), rand(12, HV, V, K)
+    if engine == "vllm":
+        table = torch.arange(1, 1 + rows * tokens, dtype=torch.int32).view(rows, tokens)
+        accepted = torch.tensor([1, tokens, 2], dtype=torch.int32)
+        drafts = {"ssm_state_indices": table, "num_accepted_tokens": accepted}
+        return {**arguments, "initial_state": pool, **({"ssm_state_indices": slots} if tokens == 1 else drafts)}
+    arguments |= {"softplus_beta": 1.0, "softplus_threshold": 20.0}
+    arguments |= {"initial_state_source": pool, "initial_state_indices": slots}
+    if tokens == 1:
+        return arguments
+    buffer = torch.full((rows + 1, tokens, HV, V, K), torch.nan)
+    return {
+        **arguments,
+        "disable_state_update": True,
+        "intermediate_states_buffer": buffer,
+        "intermediate_state_indices": torch.tensor([2, 0, 3], dtype=torch.int32),
+        "cache_steps": tokens,
+    }
+
+
+@both
+@pytest.mark.parametrize("tokens", [1, 4], ids=["decode", "drafts"])
+def test_a_gated_update_is_one_operator_call_with_the_results_of_rows(tokens, engine, monkeypatch):
+    plugin, found = stand_in(engine, monkeypatch)
+    plugin.apply()
+    update = found.get(place(plugin, ".fused_sigmoid_gating_delta_rule_update").path)
+    arguments = update_arguments(engine, tokens)
+    rows = [
+        x.reshape(3, tokens, *x.shape[-(1 if name in "ab" else 2) :]).contiguous()
+        for name, x in ((name, arguments[name]) for name in ("q", "k", "v", "a", "b"))
+    ]
+    options = {"use_qk_l2norm": True, "A_log": arguments["A_log"], "dt_bias": arguments["dt_bias"]}
+    if engine == "sglang" and tokens > 1:
+        operator, buffer = "recurrent_gated_delta_rule_verify", arguments["intermediate_states_buffer"]
+        wanted_buffer = buffer.clone()
+        written, wanted_written = buffer, wanted_buffer
+        indices = arguments["initial_state_indices"]
+        pools = arguments["initial_state_source"], wanted_buffer
+        options["intermediate_indices"] = arguments["intermediate_state_indices"]
+    else:
+        operator = "recurrent_gated_delta_rule_paged"
+        written = arguments["initial_state" if engine == "vllm" else "initial_state_source"]
+        wanted_written = written.clone()
+        indices = arguments["ssm_state_indices" if engine == "vllm" else "initial_state_indices"]
+        pools = (wanted_written,)
+        if engine == "vllm":
+            options |= {"num_accepted_tokens": arguments.get("num_accepted_tokens"), "pad_slot_id": 0}
+    wanted = getattr(torch.ops.gdn, operator)(*rows, *pools, indices, **options)
+    with Dispatched() as dispatched:
+        o = update(**arguments)
+    o = o[0] if engine == "vllm" else o
+    assert dispatched.names == [operator]
+    assert o.shape == arguments["v"].shape and torch.equal(o.view(wanted.shape), wanted)
+    assert torch.equal(written.nan_to_num(), wanted_written.nan_to_num())
+
+
+@both
+def test_an_update_of_unequal_lengths_keeps_to_its_offsets(engine, monkeypatch):
+    plugin, found = stand_in(engine, monkeypatch)
+    plugin.apply()
+    update = found.get(place(plugin, ".fused_sigmoid_gating_delta_rule_update").path)
+    arguments = update_arguments(engine, 1, rows=4)
+    arguments["cu_seqlens"] = torch.tensor([0, 2, 2, 4], dtype=torch.int32)
+    name = "initial_state" if engine == "vllm" else "initial_state_source"
+    slots = arguments["ssm_state_indices" if engine == "vllm" else "initial_state_indices"]
+    pool, before = arguments[name], arguments[name].clone()
+    o = update(**arguments)
+    o = o[0] if engine == "vllm" else o
+    wanted = torch.ops.gdn.recurrent_gated_delta_rule_paged(
+        *(arguments[name] for name in ("q", "k", "v")),
+        *(arguments[name].unsqueeze(0) for name in ("a", "b")),
+        before,
+        slots,
+        cu_seqlens=arguments["cu_seqlens"],
+        use_qk_l2norm=True,
+        A_log=arguments["A_log"],
+        dt_bias=arguments["dt_bias"],
+    )
+    assert torch.equal(o, wanted) and torch.equal(pool, before)
+
+
+def conv_arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "x": rand(3, D),
+        "conv_state": rand(6, D, W - 1),
+        "weight": rand(D, W),
+        "activation": "silu",
+        "conv_state_indices": torch.tensor([3, 1, 5], dtype=torch.int32),
+        **changes,
+    }
+
+
+@both
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"conv_state": torch.zeros(6, D, W - 1, dtype=torch.int8)}, "a dtype that is not built"),
+        ({"weight": torch.zeros(D, 5), "conv_state": torch.zeros(6, D, 4)}, "a width of 5|weight must have a width"),
+        ({"activation": "gelu"}, "activation 'gelu'"),
+        ({"conv_state_indices": torch.tensor([3.0, 1.0, 5.0])}, "conv_state_indices of float32|indices of float32"),
+        ({"x": rand(3, D, 2)}, "a time-last x"),
+        ({"conv_state": None}, "no conv state"),
+    ],
+    ids=["dtype", "width", "activation", "indices", "time-last", "no-state"],
+)
+def test_a_conv_that_an_operator_refuses_is_left_to_the_engine(change, reason, engine, monkeypatch):
+    plugin, found = stand_in(engine, monkeypatch)
+    plugin.apply()
+    for here in [place for place in plugin.places if place.path.endswith(".causal_conv1d_update")]:
+        arguments = conv_arguments(**change)
+        before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        assert found.get(here.path)(**arguments)[0] == ENGINE
+        (left,) = ({row["place"]: row for row in plugin.report()}[here.path])["left"]
+        assert re.match(reason, left)
+        assert all(torch.equal(arguments[name], x) for name, x in before.items())
+
+
+@both
+def test_true_is_silu_to_a_conv_and_false_is_none(engine, monkeypatch):
+    plugin, found = stand_in(engine, monkeypatch)
+    plugin.apply()
+    for here in [place for place in plugin.places if place.path.endswith(".causal_conv1d_update")]:
+        for given, meant in ((True, "silu"), (False, None), ("swish", "silu"), (None, None)):
+            arguments = conv_arguments(activation=given)
+            x, pool, weight, slots = (arguments[n] for n in ("x", "conv_state", "weight", "conv_state_indices"))
+            wanted = torch.ops.gdn.causal_conv1d_update(
+                x, weight, None, pool.clone(), state_indices=slots, activation=meant
+            )
+            assert torch.equal(found.get(here.path)(**arguments), wanted), given
 
 
 @both

@@ -249,6 +249,14 @@ def test_update_leaves_padding_rows_alone():
     check_update(x, normal(1, D, 4), normal(2, D), pool(3, 4, 3), slots=[3, 0, 1, 4, 2], pad=0)
 
 
+def test_update_finds_its_slots_in_a_column_of_a_table():
+    x, weight, bias, state = normal(0, 3, D), normal(1, D, 4), normal(2, D), pool(3, 5, 3)
+    slots, wanted_state = torch.tensor([[3, 1, 1], [0, 2, 2], [4, 1, 2]]), state.clone()
+    wanted = causal_conv1d_update(x, weight, bias, wanted_state, state_indices=slots[:, 0].contiguous())
+    assert torch.equal(causal_conv1d_update(x, weight, bias, state, state_indices=slots[:, 0]), wanted)
+    assert torch.equal(state, wanted_state)
+
+
 def test_update_of_an_empty_batch():
     check_update(torch.empty(0, D), normal(1, D, 4), None, pool(2, 3, 3))
 

@@ -139,6 +139,17 @@ def test_packed_decode_matches_the_reference(dtype, state_dtype):
     assert torch.equal(o[1], torch.zeros_like(o[1]))
 
 
+@pytest.mark.parametrize("lead", [(), (1,)], ids=["rows", "token-dimension"])
+def test_packed_decode_out_has_the_bits_of_packed_decode_and_writes_nothing_else(lead):
+    inputs = decode_inputs(dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    slots, again = torch.tensor([4, -1, 0]), {**inputs, "state": inputs["state"].clone()}
+    around = torch.full((5, *lead, 2, 64), torch.nan, dtype=torch.bfloat16)
+    assert decode.packed_decode_out(**inputs, out=around[1:4], state_indices=slots) is None
+    assert torch.equal(around[1:4].view(3, 2, 64), decode.packed_decode(**again, state_indices=slots))
+    assert around[[0, 4]].isnan().all() and not around[2].any()
+    assert torch.equal(inputs["state"], again["state"])
+
+
 def test_slot_zero_can_be_the_padding_slot():
     inputs = decode_inputs()
     before = inputs["state"].clone()

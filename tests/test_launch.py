@@ -305,7 +305,7 @@ def test_a_policy_is_named_and_forgets_what_was_recorded() -> None:
         last[0] = (("a key",), call)
         launch.use_prefill_policy("throughput")
         assert launch.prefill_policy() == "throughput"
-        assert not known and last == [(None, None)]
+        assert not known and last == [(None, None, None)]
         run(torch.zeros(1))
         assert calls == ["throughput"]
     finally:

@@ -360,6 +360,62 @@ def test_a_signature_holds_what_decides_a_call(operator):
     assert compiled.calls[-1][9:11] == (x.data_ptr(), unaligned.data_ptr())
 
 
+def test_a_tensor_in_the_place_of_none_is_another_signature(operator):
+    run, calls, compiled = operator
+    x, y = torch.zeros(4, 8), torch.empty(0)
+    for _ in range(3):
+        run(x)
+        run(x, y)  # as the tensor that stands for none
+    assert len(calls) == 2 and len(compiled.calls) == 4
+
+
+def test_a_signature_is_recorded_once_whatever_mode_it_is_called_in(operator):
+    run, calls, compiled = operator
+    x = torch.zeros(4, 8)
+    for number in range(12):
+        with torch.inference_mode(number % 2 == 1), torch.set_grad_enabled(number % 3 == 0):
+            run(torch.zeros(4, 8) if number % 4 else x)
+    assert len(calls) == 1 and len(compiled.calls) == 11
+
+
+def test_one_tensor_in_two_places_replays_as_two(device):
+    compiled, calls = Compiled(), []
+
+    def call(x, out, z):
+        calls.append(1)
+        recording = replay.current()
+        if recording is not None:
+            recording.launched(compiled, (1,), (x, out, z))
+
+    run = replay.dispatcher("gdn::f(Tensor x, Tensor(a!) out, Tensor z) -> ()", call, lambda: True)
+    apart = [torch.zeros(4) for _ in range(3)]
+    for args in ((apart[0], apart[0], apart[1]), (apart[0], apart[1], apart[0]), tuple(apart)) * 6:
+        run(*args)
+        if compiled.calls:
+            assert compiled.calls[-1][9:] == tuple(tensor.data_ptr() for tensor in args)
+    assert len(calls) == 1 and len(compiled.calls) == 17
+
+
+@pytest.mark.parametrize("how", ["absent", "made-otherwise"])
+def test_without_dynamos_guards_signatures_are_compared_in_python(how, operator, monkeypatch):
+    run, calls, compiled = operator
+    monkeypatch.setattr(replay, "_TensorGuards", None if how == "absent" else type("Guards", (), {}))
+    for size in (4, 5, 4, 5, 4, 4):
+        assert run(torch.zeros(size, 8)).shape == (size, 8)
+    assert len(calls) == 2 and len(compiled.calls) == 4
+
+
+def test_guards_keep_no_tensor_alive(operator):
+    run, _, compiled = operator
+    run(torch.zeros(4, 8))
+    x = torch.zeros(4, 8)
+    run(x)  # its guards are made of these
+    watched = weakref.ref(x)
+    del x
+    gc.collect()
+    assert len(compiled.calls) == 1 and watched() is None
+
+
 def test_a_call_that_raises_is_not_recorded_and_a_gradient_is_not_replayed(operator):
     run, calls, compiled = operator
     x = torch.zeros(4, 8)

@@ -314,6 +314,15 @@ def _(m: Make, N: int) -> Call:
     return Call("recurrent_gated_delta_rule_paged", "", args, {"num_accepted_tokens": m.accepted(N), **L2})
 
 
+@case("recurrent_gated_delta_rule_paged", "packed-rows")
+def _(m: Make, N: int) -> Call:
+    *qkv, g, beta = m.delta(1, N * DRAFTS)
+    table = torch.full((N, DRAFTS), -1, dtype=torch.int32, device=m.device)
+    table[:, 0] = m.slots(N)
+    options = {"tokens_per_row": DRAFTS, **L2}
+    return Call("recurrent_gated_delta_rule_paged", "", (*qkv, g[0], beta[0], m.pool(), table), options)
+
+
 @case("recurrent_gated_delta_rule_paged", "rounded-tokens")
 def _(m: Make, T: int) -> Call:
     inputs, offsets = m.packed(T)
@@ -325,6 +334,13 @@ def _(m: Make, T: int) -> Call:
 def _(m: Make, N: int) -> Call:
     args = *m.delta(N, DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS), m.slots(N)
     options = {"intermediate_indices": m.slots(N), "parents": m.parents(N), **L2}
+    return Call("recurrent_gated_delta_rule_verify", "", args, options)
+
+
+@case("recurrent_gated_delta_rule_verify", "packed-rows")
+def _(m: Make, N: int) -> Call:
+    args = *m.delta(1, N * DRAFTS), m.pool(), m.pool(SLOTS, DRAFTS), m.slots(N)
+    options = {"intermediate_indices": m.slots(N), "parents": m.parents(N), "tokens_per_row": DRAFTS, **L2}
     return Call("recurrent_gated_delta_rule_verify", "", args, options)
 
 
@@ -347,6 +363,13 @@ def _(m: Make, N: int) -> Call:
 def _(m: Make, N: int) -> Call:
     args = m.columns(N, m.sizes.D), *m.raw(N), *m.gate_parameters().values(), m.pool(dtype=m.dtype), m.slots(N)
     return Call("packed_decode", "", args, {"num_k_heads": m.sizes.H})
+
+
+@case("packed_decode_out", "rows")
+def _(m: Make, N: int) -> Call:
+    s = m.sizes
+    args = m.columns(N, s.D), *m.raw(N), *m.gate_parameters().values(), m.pool(dtype=m.dtype), m.normal(N, s.HV, s.V)
+    return Call("packed_decode_out", "", (*args, m.slots(N)), {"num_k_heads": s.H})
 
 
 def _step(m: Make, N: int, operator: str, V: int) -> Call:

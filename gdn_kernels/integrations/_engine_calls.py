@@ -1,4 +1,10 @@
-"""What both serving engines' adapters do in the same way; each returns its result, or the reason to leave the call."""
+"""What both serving engines' adapters do in the same way; each returns its result, or the reason to leave the call.
+
+A call that an operator takes costs little more than the operator: reasons are looked for once it has refused the call,
+which it does before it writes. What an operator would take otherwise than the engine means it is asked beforehand. And
+options at their default are left out: each costs the dispatcher 0.4 us (torch 2.13, CPU). Views are made the quickest
+way: of numbers 0.9 us, where a shape takes 2.5, mT 0.8, where transpose takes 1.1.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,20 @@ import torch
 
 from gdn_kernels import contracts
 from gdn_kernels.integrations._common import rows
-from gdn_kernels.ops import conv
 
 #: The dtypes of the operators, and the one in which their references are the oracle, on a CPU.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int32, torch.int64)
 #: softplus and its threshold, as the operators have them built in.
 SOFTPLUS = (1.0, 20.0)
+#: How an operator refuses a call that may be a reason to leave it.
+REFUSALS = (TypeError, ValueError)
+
+_layer_norm_gated = torch.ops.gdn.layer_norm_gated.default
+_layer_norm_gated_out = torch.ops.gdn.layer_norm_gated_out.default
+_packed_decode = torch.ops.gdn.packed_decode.default
+_packed_decode_out = torch.ops.gdn.packed_decode_out.default
+_causal_conv1d = torch.ops.gdn.causal_conv1d.default
 
 
 def norm(
@@ -20,7 +33,6 @@ def norm(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     z: torch.Tensor | None,
-    *,
     eps: float,
     group_size: int | None,
     norm_before_gate: bool,
@@ -28,12 +40,53 @@ def norm(
     activation: str,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | str:
-    """A gated norm of ``x`` ``[..., N]``; ``z`` of its shape, or ``[tokens, heads, N]`` beside rows ``[M, N]``.
-
-    Traced by Dynamo, so only dtypes, ranks and options are looked at.
-    """
+    """A gated norm of ``x`` ``[..., N]``; ``z`` of its shape, or ``[tokens, heads, N]`` beside rows ``[M, N]``."""
+    options = {"norm_before_gate": norm_before_gate, "eps": eps}
+    if not is_rms_norm:
+        options["is_rms_norm"] = False
+    if group_size is not None:
+        options["group_size"] = group_size
+    if activation != "silu" and activation != "swish":
+        options["activation"] = activation
     if weight is None:
         return "a norm without weight"
+    if z is not None and z.dim() != x.dim() and (x.dim() != 2 or z.dim() != 3):
+        return "a gate of another rank than [tokens, heads, N]"
+    if not torch.compiler.is_compiling():
+        try:
+            return _norm(x, weight, bias, z, out, options)
+        except (*REFUSALS, NotImplementedError):
+            pass
+    why = _norm_reason(x, z, group_size, activation, out)
+    return why or _norm(rows(x), rows(weight), rows(bias), rows(z), out, options)
+
+
+def _norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    out: torch.Tensor | None,
+    options: dict[str, object],
+) -> torch.Tensor:
+    if z is None or z.dim() == x.dim():
+        if out is None:
+            return _layer_norm_gated(x, weight, bias, z, **options)
+        _layer_norm_gated_out(x, weight, bias, z, out, **options)
+        return out
+    tokens, heads, _ = z.shape
+    columns = x.shape[1]
+    if out is None:
+        return _layer_norm_gated(x.view(tokens, heads, columns), weight, bias, z, **options).view_as(x)
+    y = out.view(tokens, heads, columns)
+    _layer_norm_gated_out(y if out is x else x.view(tokens, heads, columns), weight, bias, z, y, **options)
+    return out
+
+
+def _norm_reason(
+    x: torch.Tensor, z: torch.Tensor | None, group_size: int | None, activation: str, out: torch.Tensor | None
+) -> str | None:
+    """Traced by Dynamo, so only dtypes, ranks and options are looked at."""
     if x.dtype not in FLOATS or (z is not None and z.dtype != x.dtype):
         return "a gate whose dtype is not that of x, or a dtype that is not built"
     if activation not in contracts.ACTIVATIONS:
@@ -42,27 +95,11 @@ def norm(
         return "a norm of more than four dimensions"
     if (group_size or x.shape[-1]) > contracts.MAX_NORM_GROUP:
         return "a norm over more columns than are built"
-    options = {
-        "norm_before_gate": norm_before_gate,
-        "is_rms_norm": is_rms_norm,
-        "eps": eps,
-        "group_size": group_size,
-        "activation": activation,
-    }
-    shape = x.shape
-    x, z, weight, bias = rows(x), rows(z), rows(weight), rows(bias)
-    by_head = z is not None and z.dim() != x.dim()
-    if by_head:
-        if x.dim() != 2 or z.dim() != 3:
-            return "a gate of another rank than [tokens, heads, N]"
-        x = x.unflatten(0, z.shape[:2])
-    if out is None:
-        y = torch.ops.gdn.layer_norm_gated(x, weight, bias, z, **options)
-        return y.view(shape) if by_head else y
-    if out.dtype != x.dtype:
+    if out is not None and out.dtype != x.dtype:
         return "an out of another dtype than x"
-    torch.ops.gdn.layer_norm_gated_out(x, weight, bias, z, out.unflatten(0, z.shape[:2]) if by_head else out, **options)
-    return out
+    if out is not None and out.stride(-1) != 1:
+        return "an out whose rows are not contiguous"
+    return None
 
 
 def state_reason(state: torch.Tensor | None) -> str | None:
@@ -98,29 +135,58 @@ def packed_decode(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     scale: float,
-    state: torch.Tensor,
+    state: torch.Tensor | None,
+    out: torch.Tensor | None,
     indices: torch.Tensor,
     use_qk_l2norm: bool,
     pad_slot_id: int,
 ) -> torch.Tensor | str:
-    """``[N, HV, V]``, the state written in place."""
-    why = state_reason(state) or index_reason(ssm_state_indices=indices)
-    if why is not None:
-        return why
-    num_v_heads, head_v_dim, head_k_dim = state.shape[1:]
-    return torch.ops.gdn.packed_decode(
-        mixed_qkv,
-        a,
-        b,
-        A_log,
-        dt_bias,
-        state,
-        indices,
-        num_k_heads=(mixed_qkv.shape[-1] - num_v_heads * head_v_dim) // (2 * head_k_dim),
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm,
-        pad_slot_id=pad_slot_id,
-    )
+    """``out`` ``[N, 1, HV, V]``, written, or without one a new tensor ``[N, HV, V]``; the state in place."""
+    if state is None:
+        return "no state"
+    options = {}
+    try:
+        _, num_v_heads, head_v_dim, head_k_dim = state.shape
+        options["num_k_heads"] = (mixed_qkv.shape[-1] - num_v_heads * head_v_dim) // (2 * head_k_dim)
+        if scale != head_k_dim**-0.5:
+            options["scale"] = scale
+        if not use_qk_l2norm:
+            options["use_qk_l2norm"] = False
+        if pad_slot_id != -1:
+            options["pad_slot_id"] = pad_slot_id
+        if out is None:
+            return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, indices, **options)
+        _packed_decode_out(mixed_qkv, a, b, A_log, dt_bias, state, out, indices, **options)
+        return out
+    except REFUSALS:
+        why = state_reason(state) or index_reason(ssm_state_indices=indices)
+        if why is not None:
+            return why
+        if out is None:
+            raise
+    # An out that is strided, or of another dtype; else this raises again.
+    o = _packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, indices, **options)
+    return out.copy_(o.unsqueeze(1))
+
+
+def delta_options(
+    scale: float | None,
+    use_qk_l2norm: bool,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    tokens_per_row: int | None,
+) -> dict[str, object]:
+    """The options that the forms of the delta rule on a pool have."""
+    options: dict[str, object] = {}
+    if use_qk_l2norm:
+        options["use_qk_l2norm"] = True
+    if scale is not None:
+        options["scale"] = scale
+    if A_log is not None:
+        options["A_log"], options["dt_bias"] = A_log, dt_bias
+    if tokens_per_row is not None:
+        options["tokens_per_row"] = tokens_per_row
+    return options
 
 
 def packed_gates(gate: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -138,23 +204,24 @@ def conv_window(conv_state: torch.Tensor, columns: int) -> torch.Tensor:
     return conv_state if conv_state.shape[-1] == columns else conv_state[..., :columns]
 
 
-def conv_reason(
-    x: torch.Tensor, weight: torch.Tensor, conv_state: torch.Tensor | None, activation: object
-) -> str | None:
-    if conv_state is None:
-        return "no conv state"
+def conv_reason(x: torch.Tensor, weight: torch.Tensor, conv_state: torch.Tensor, activation: object) -> str | None:
     if x.dtype not in FLOATS or conv_state.dtype not in FLOATS:
         return "a dtype that is not built"
     if weight.shape[1] not in contracts.CONV_WIDTHS:
         return f"a width of {weight.shape[1]}"
-    if activation not in contracts.CONV_ACTIVATIONS:
+    if not isinstance(activation, bool) and activation not in contracts.CONV_ACTIVATIONS:
         return f"activation {activation!r}"
     return None
 
 
-def conv_activation(activation: bool | str | None) -> str | None:
-    """Engines also take True for silu, and False for none."""
-    return ("silu" if activation else None) if isinstance(activation, bool) else activation
+def conv_options(activation: bool | str | None, indices: torch.Tensor | None, pad_slot_id: int) -> dict[str, object]:
+    """The options that all forms of the conv have; engines also take True for silu, and False for none."""
+    options: dict[str, object] = {"state_indices": indices}
+    if activation is not True and activation != "silu" and activation != "swish":
+        options["activation"] = None if activation is False else activation
+    if pad_slot_id != -1:
+        options["pad_slot_id"] = pad_slot_id
+    return options
 
 
 def conv_prefill(
@@ -169,27 +236,31 @@ def conv_prefill(
     pad_slot_id: int,
 ) -> torch.Tensor | str:
     """The conv of channel-last x ``[D, T]`` in that layout; from zeros without ``has_initial_state``, as engines do."""
-    activation = conv_activation(activation)
-    why = conv_reason(x, weight, conv_state, activation) or index_reason(cache_indices=indices, query_start_loc=offsets)
-    if why is not None:
-        return why
+    if conv_state is None:
+        return "no conv state"
     if x.dim() != 2 or offsets is None:
         return "a batch of equal lengths"
-    if x.stride(0) != 1:
-        return "a time-last x"
     count = offsets.shape[0] - 1
     if has_initial_state is None:
         has_initial_state = x.new_zeros(count, dtype=torch.bool)
-    elif has_initial_state.dtype is not torch.bool:
-        return "has_initial_state that is not bool"
-    return conv.causal_conv1d(
-        x.transpose(0, 1),
-        weight,
-        bias,
-        conv_window(conv_state, weight.shape[1] - 1),
-        offsets,
-        state_indices=first(indices, count),
-        has_initial_state=first(has_initial_state, count),
-        activation=activation,
-        pad_slot_id=pad_slot_id,
-    ).transpose(0, 1)
+    try:
+        return _causal_conv1d(
+            x.mT,
+            weight,
+            bias,
+            conv_window(conv_state, weight.shape[1] - 1),
+            offsets,
+            has_initial_state=first(has_initial_state, count),
+            **conv_options(activation, first(indices, count), pad_slot_id),
+        ).mT
+    except REFUSALS:
+        why = conv_reason(x, weight, conv_state, activation) or index_reason(
+            cache_indices=indices, query_start_loc=offsets
+        )
+        if why is not None:
+            return why
+        if x.stride(0) != 1:
+            return "a time-last x"
+        if has_initial_state.dtype is not torch.bool:
+            return "has_initial_state that is not bool"
+        raise

@@ -23,7 +23,6 @@ import torch
 from gdn_kernels import contracts
 from gdn_kernels.graphs import SPLIT_OPERATORS
 from gdn_kernels.integrations import _engine_calls as calls
-from gdn_kernels.integrations._common import rows
 from gdn_kernels.integrations._engines import Plugin, Record, rebind
 from gdn_kernels.ops import conv
 
@@ -36,6 +35,9 @@ _LAYER = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 _METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
 #: vLLM's null block.
 NULL = 0
+
+_causal_conv1d_update = torch.ops.gdn.causal_conv1d_update.default
+_paged = torch.ops.gdn.recurrent_gated_delta_rule_paged.default
 
 
 class VLLMPlugin(Plugin):
@@ -224,19 +226,10 @@ def causal_conv1d_update(
 
     With ``num_accepted_tokens`` the window moves within the first W - 2 + t columns of ``conv_state [S, D, L]``.
     """
-    activation = calls.conv_activation(activation)
-    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
-        conv_state_indices=conv_state_indices, num_accepted_tokens=num_accepted_tokens
-    )
-    if why is not None:
-        return why
+    if conv_state is None:
+        return "no conv state"
     if out is not None:
         return "an out"
-    if conv_state_indices is not None:
-        if conv_state_indices.dim() != 1:
-            return "a table of blocks"
-        # The first column of a table of slots: the operators want it contiguous.
-        conv_state_indices = rows(conv_state_indices)
     width, drafts = weight.shape[1], 1
     tokens = x
     if query_start_loc is not None:
@@ -244,26 +237,30 @@ def causal_conv1d_update(
         drafts = max_query_len
         if conv_state_indices is None or x.shape[0] != conv_state_indices.shape[0] * drafts:
             return "rows of unequal lengths"
-        tokens = x.unflatten(0, (-1, drafts))
+        tokens = x.view(-1, drafts, x.shape[1])
     elif x.dim() == 3:
         drafts = x.shape[2]
-        if x.stride(1) != 1 and drafts > 1:
-            return "a time-last x"
-        tokens = x.transpose(1, 2)
+        tokens = x.mT
     columns = width - 1 if num_accepted_tokens is None else width - 2 + drafts
-    y = conv.causal_conv1d_update(
-        tokens,
-        weight,
-        bias,
-        calls.conv_window(conv_state, columns),
-        state_indices=conv_state_indices,
-        num_accepted_tokens=calls.first(num_accepted_tokens, tokens.shape[0]),
-        activation=activation,
-        pad_slot_id=_slot(null_block_id),
-    )
+    options = calls.conv_options(activation, conv_state_indices, -1 if null_block_id is None else null_block_id)
+    if num_accepted_tokens is not None:
+        options["num_accepted_tokens"] = calls.first(num_accepted_tokens, tokens.shape[0])
+    try:
+        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
+    except calls.REFUSALS:
+        why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
+            conv_state_indices=conv_state_indices, num_accepted_tokens=num_accepted_tokens
+        )
+        if why is not None:
+            return why
+        if conv_state_indices is not None and conv_state_indices.dim() != 1:
+            return "a table of blocks"
+        if x.dim() == 3 and x.stride(1) != 1 and drafts > 1:
+            return "a time-last x"
+        raise
     if query_start_loc is not None:
-        return y.flatten(0, 1)
-    return y.transpose(1, 2) if x.dim() == 3 else y
+        return y.view_as(x)
+    return y.mT if x.dim() == 3 else y
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,7 +268,7 @@ def causal_conv1d_update(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@plugin.place(f"{_FLA}.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "packed_decode")
+@plugin.place(f"{_FLA}.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "packed_decode_out")
 def packed_decode(
     mixed_qkv,
     a,
@@ -286,12 +283,9 @@ def packed_decode(
 ):
     """``(out, initial_state)``: the pool ``[S, HV, V, K]`` in place, out ``[B, 1, HV, V]`` written."""
     o = calls.packed_decode(
-        mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, ssm_state_indices, use_qk_l2norm_in_kernel, NULL
+        mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel, NULL
     )
-    if isinstance(o, str):
-        return o
-    out.copy_(o.unsqueeze(1))
-    return out, initial_state
+    return o if isinstance(o, str) else (o, initial_state)
 
 
 @plugin.place(f"{_FLA}.fused_sigmoid_gating.fused_sigmoid_gating_delta_rule_update", "recurrent_gated_delta_rule_paged")
@@ -324,17 +318,17 @@ def fused_sigmoid_gating_delta_rule_update(
         q,
         k,
         v,
-        calls.packed_gates(a, k),
-        calls.packed_gates(b, k),
+        a,
+        b,
+        A_log,
+        dt_bias,
         initial_state,
         inplace_final_state,
         cu_seqlens,
         ssm_state_indices,
         num_accepted_tokens,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm_in_kernel,
-        A_log=A_log,
-        dt_bias=dt_bias,
+        scale,
+        use_qk_l2norm_in_kernel,
     )
 
 
@@ -354,49 +348,59 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel=False,
 ):
     """As :func:`fused_sigmoid_gating_delta_rule_update`, for g and beta ``[B, T, HV]`` in fp32."""
-    why = calls.gates_reason(g, beta)
-    if why is not None:
-        return why
+    if beta is None:
+        return calls.gates_reason(g, beta)
     return _update(
         q,
         k,
         v,
         g,
         beta,
+        None,
+        None,
         initial_state,
         inplace_final_state,
         cu_seqlens,
         ssm_state_indices,
         num_accepted_tokens,
-        scale=scale,
-        use_qk_l2norm=use_qk_l2norm_in_kernel,
+        scale,
+        use_qk_l2norm_in_kernel,
     )
 
 
-def _update(q, k, v, g, beta, state, in_place, cu_seqlens, indices, accepted, **options):
-    why = calls.state_reason(state) or calls.index_reason(
-        ssm_state_indices=indices, num_accepted_tokens=accepted, cu_seqlens=cu_seqlens
-    )
-    if why is not None:
-        return why
+def _update(q, k, v, g, beta, A_log, dt_bias, state, in_place, cu_seqlens, indices, accepted, scale, use_qk_l2norm):
+    """g and beta, or with ``A_log`` and ``dt_bias`` the raw a and b, which may be flat, ``[B * T, HV]``."""
+    if state is None:
+        return "no state"
     if not in_place or indices is None:
         return "states that are not in a pool in place"
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if accepted is not None and indices.dim() != 2:
         return "accepted counts beside one slot a sequence"
-    o = torch.ops.gdn.recurrent_gated_delta_rule_paged(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        state,
-        calls.first(indices, count),
-        cu_seqlens=cu_seqlens,
-        num_accepted_tokens=calls.first(accepted, count),
-        pad_slot_id=NULL,
-        **options,
-    )
+    if cu_seqlens is None:
+        count, rows = q.shape[0], None
+    else:
+        # A row has at most a token a slot, so this many tokens mean that all have as many.
+        count, rows = cu_seqlens.shape[0] - 1, 1 if indices.dim() == 1 else indices.shape[1]
+        rows = rows if q.shape[1] == count * rows else None
+    options = calls.delta_options(scale, use_qk_l2norm, A_log, dt_bias, rows)
+    options["pad_slot_id"] = NULL
+    if rows is None:
+        g, beta = calls.packed_gates(g, k), calls.packed_gates(beta, k)
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
+    if accepted is not None:
+        options["num_accepted_tokens"] = calls.first(accepted, count)
+    try:
+        o = _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
+    except calls.REFUSALS:
+        why = calls.state_reason(state) or calls.index_reason(
+            ssm_state_indices=indices, num_accepted_tokens=accepted, cu_seqlens=cu_seqlens
+        )
+        if why is None and A_log is None:
+            why = calls.gates_reason(g, beta)
+        if why is None:
+            raise
+        return why
     return o, state
 
 
@@ -451,7 +455,7 @@ def resolve_gdn_prefill_backend(original, vllm_config):
 @plugin.place(
     f"{_LAYER}.QwenGatedDeltaNetAttention._forward_core",
     "causal_conv1d",
-    "packed_decode",
+    "packed_decode_out",
     "chunk_gated_delta_rule_paged",
     needs=tuple(
         (_METADATA, name)
@@ -539,6 +543,11 @@ def forward_core(self, mixed_qkv, b, a, core_attn_out):
         pad_slot_id=NULL,
     )
     if decodes:
-        core_attn_out[:decodes] = torch.ops.gdn.packed_decode(*decode_arguments(x), **decode_options)
+        *arguments, indices = decode_arguments(x)
+        o = core_attn_out[:decodes]
+        if o.is_contiguous():
+            torch.ops.gdn.packed_decode_out(*arguments, o, indices, **decode_options)
+        else:
+            o.copy_(torch.ops.gdn.packed_decode(*arguments, indices, **decode_options))
     torch.ops.gdn.chunk_gated_delta_rule_paged(*prefill_arguments(x), **prefill_options)
     return None

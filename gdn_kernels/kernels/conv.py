@@ -403,7 +403,7 @@ def causal_conv1d_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_slots", "pad_slot_id", "stride_x_n", "stride_x_t"],
+    do_not_specialize=["num_slots", "pad_slot_id", "stride_index", "stride_x_n", "stride_x_t"],
     do_not_specialize_on_alignment=["state_indices_ptr", "num_accepted_tokens_ptr"],
 )
 def causal_conv1d_update_kernel(
@@ -416,6 +416,7 @@ def causal_conv1d_update_kernel(
     num_accepted_tokens_ptr,
     num_slots: tl.int64,
     pad_slot_id: tl.int64,
+    stride_index: tl.int64,
     stride_x_n: tl.int64,
     stride_x_t: tl.int64,
     stride_weight_d,
@@ -445,7 +446,7 @@ def causal_conv1d_update_kernel(
     slot = n
     valid = slot < num_slots
     if state_indices_ptr is not None:
-        slot = tl.load(state_indices_ptr + n).to(tl.int64)
+        slot = tl.load(state_indices_ptr + n * stride_index).to(tl.int64)
         valid = is_slot(slot, num_slots, pad_slot_id)
     # Column of the state where the window starts.
     first = 0
@@ -686,6 +687,7 @@ def causal_conv1d_update(
         num_accepted_tokens,
         conv_state.shape[0],
         pad_slot_id,
+        1 if state_indices is None else state_indices.stride(0),
         *strides,
         *weight.stride(),
         *conv_state.stride(),

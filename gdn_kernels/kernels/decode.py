@@ -8,13 +8,20 @@ from gdn_kernels import launch
 from gdn_kernels.kernels.recurrent import launch_recurrent
 
 
-def packed_decode(
+def packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, **options):
+    out = launch.empty(mixed_qkv, mixed_qkv.shape[0], *state.shape[1:3])
+    packed_decode_out(mixed_qkv, a, b, A_log, dt_bias, state, out, state_indices, **options)
+    return out
+
+
+def packed_decode_out(
     mixed_qkv,
     a,
     b,
     A_log,
     dt_bias,
     state,
+    out,
     state_indices,
     *,
     num_k_heads,
@@ -26,14 +33,13 @@ def packed_decode(
     HV, V, K = state.shape[1:]
     keys = num_k_heads * K
     q, k, v = mixed_qkv.unsqueeze(1).split((keys, keys, HV * V), dim=-1)
-    o = launch.empty(mixed_qkv, mixed_qkv.shape[0], HV, V)
     launch_recurrent(
         launch.view(q.unflatten(-1, (num_k_heads, K)), mixed_qkv),
         launch.view(k.unflatten(-1, (num_k_heads, K)), mixed_qkv),
         launch.view(v.unflatten(-1, (HV, V)), mixed_qkv),
         launch.view(a.unsqueeze(1), a),
         launch.view(b.unsqueeze(1), b),
-        o,
+        out,
         state,
         state,
         cu_seqlens=None,
@@ -49,4 +55,3 @@ def packed_decode(
         is_one_token=True,
         rounding_seed=rounding_seed,
     )
-    return o

@@ -6,7 +6,7 @@ from gdn_kernels.ops.chunk import (
     chunk_gated_delta_rule_paged_checkpoints,
 )
 from gdn_kernels.ops.conv import causal_conv1d, causal_conv1d_update, causal_conv1d_verify
-from gdn_kernels.ops.decode import packed_decode
+from gdn_kernels.ops.decode import packed_decode, packed_decode_out
 from gdn_kernels.ops.gating import gating
 from gdn_kernels.ops.norm import l2norm, layer_norm_gated, layer_norm_gated_fp8, layer_norm_gated_out
 from gdn_kernels.ops.recurrent import (
@@ -34,6 +34,7 @@ __all__ = [
     "layer_norm_gated_fp8",
     "layer_norm_gated_out",
     "packed_decode",
+    "packed_decode_out",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_paged",
     "recurrent_gated_delta_rule_verify",

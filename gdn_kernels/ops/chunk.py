@@ -21,25 +21,21 @@ _PAGED_OPTIONS = (
 )
 
 
-def _is_packed(q: torch.Tensor, *args: Any) -> bool:
+def is_packed(q: torch.Tensor, *args: Any, **options: Any) -> bool:
     return q.dim() == 3
 
 
-def _lift(first: int) -> Call:
-    """Gives the first ``first`` arguments, ``[T, ...]``, their leading dimension of 1."""
+def _lift(*positions: int) -> Call:
+    """Gives the arguments at these positions, ``[T, ...]``, their leading dimension of 1."""
 
-    def lift(*args: Any) -> tuple[Any, ...]:
-        lifted = [launch.view(tensor.unsqueeze(0), tensor) for tensor in args[:first]]
-        return *lifted, *args[first:]
+    def lift(*args: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        lifted = (launch.view(x.unsqueeze(0), x) if i in positions else x for i, x in enumerate(args))
+        return tuple(lifted), options
 
     return lift
 
 
-def _lift_paged(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, out: Any, *rest: Any) -> tuple[Any, ...]:
-    return *_lift(5)(q, k, v, g, beta), state, *_lift(1)(out), *rest
-
-
-def _lower(result: Any) -> Any:
+def _lower(result: Any, *args: Any) -> Any:
     """``o`` without its leading dimension; a final state stays as it is."""
     if isinstance(result, tuple):
         return _lower(result[0]), *result[1:]
@@ -47,9 +43,9 @@ def _lower(result: Any) -> Any:
 
 
 #: q, k, v, g, beta may come as ``[T, ...]``, a packed batch without its leading 1; ``o`` returns in that rank.
-PACKED = Adapter(_is_packed, _lift(5), _lower)
+PACKED = Adapter(is_packed, _lift(0, 1, 2, 3, 4), _lower)
 #: The same for the paged forms, which write ``out``, of the rank of q.
-_PACKED_OUT = Adapter(_is_packed, _lift_paged, lambda result: result)
+_PACKED_OUT = Adapter(is_packed, _lift(0, 1, 2, 3, 4, 6), lambda result, *args: result)
 
 
 def fake_functional(

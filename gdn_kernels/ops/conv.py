@@ -100,7 +100,8 @@ def causal_conv1d_update(
 
     Args:
         x: ``[N, D]`` or ``[N, t, D]``.
-        weight, bias, activation, pad_slot_id, state_indices: as for :func:`causal_conv1d`.
+        weight, bias, activation, pad_slot_id, state_indices: as for :func:`causal_conv1d`; state_indices of any stride,
+            such as the first column of a table of slots.
         conv_state: ``[S, D, W - 1]``, written. With ``num_accepted_tokens`` ``[S, D, L]``, ``L >= W - 2 + t``: it
             holds the columns before and of the last drafted tokens.
         num_accepted_tokens: ``[N]`` int32 or int64, how many tokens of the last call stand. The window read is

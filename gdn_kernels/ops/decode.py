@@ -1,4 +1,4 @@
-"""``packed_decode``: one token a sequence, from the packed conv output to the mixer's output, in one kernel."""
+"""``packed_decode`` and ``packed_decode_out``: one token a sequence, from the packed conv output to the mixer's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ def _fake(
     return mixed_qkv.new_empty(mixed_qkv.shape[0], state.shape[1], state.shape[2])
 
 
+_OPTIONS = "int num_k_heads, float? scale=None, bool use_qk_l2norm=True, int pad_slot_id=-1, Tensor? rounding_seed=None"
+
 define(
     "packed_decode(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-    "Tensor state_indices, *, int num_k_heads, float? scale=None, bool use_qk_l2norm=True, int pad_slot_id=-1, "
-    "Tensor? rounding_seed=None) -> Tensor",
+    f"Tensor state_indices, *, {_OPTIONS}) -> Tensor",
     module="decode",
     fake=_fake,
+)
+define(
+    "packed_decode_out(Tensor mixed_qkv, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
+    f"Tensor(b!) out, Tensor state_indices, *, {_OPTIONS}) -> ()",
+    module="decode",
+    fake=lambda *args, **options: None,
 )
 
 
@@ -71,6 +78,44 @@ def packed_decode(
         A_log,
         dt_bias,
         state,
+        state_indices,
+        num_k_heads=num_k_heads,
+        scale=scale,
+        use_qk_l2norm=use_qk_l2norm,
+        pad_slot_id=pad_slot_id,
+        rounding_seed=rounding_seed,
+    )
+
+
+def packed_decode_out(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor,
+    state_indices: torch.Tensor,
+    *,
+    num_k_heads: int,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    pad_slot_id: int = -1,
+    rounding_seed: torch.Tensor | None = None,
+) -> None:
+    """:func:`packed_decode` into a caller's buffer, by the same kernel with the same bits.
+
+    ``out`` is ``[N, HV, V]``, or ``[N, 1, HV, V]`` as engines hold it, in the dtype of ``mixed_qkv``, contiguous, in
+    memory of its own. Writes all of ``out``, zeros where a row is padding; returns nothing.
+    """
+    torch.ops.gdn.packed_decode_out(
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        out,
         state_indices,
         num_k_heads=num_k_heads,
         scale=scale,

@@ -6,15 +6,50 @@ from typing import Any
 
 import torch
 
-from gdn_kernels import launch
+from gdn_kernels import contracts, launch
 from gdn_kernels.ops.chunk import FUNCTIONAL, GATES, PACKED, fake_functional, warm_pool, warm_tensors
-from gdn_kernels.ops.registry import define
+from gdn_kernels.ops.registry import Adapter, define
 
-_OPTIONS = f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1, Tensor? rounding_seed=None"
+_OPTIONS = (
+    f"float? scale=None, bool use_qk_l2norm=False, {GATES}, int pad_slot_id=-1, Tensor? rounding_seed=None, "
+    "int? tokens_per_row=None"
+)
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
     return v.new_empty(v.shape)
+
+
+def _has_rows(q: torch.Tensor, *args: Any, **options: Any) -> bool:
+    return q.dim() == 3 or "tokens_per_row" in options
+
+
+def _lift_rows(
+    q: torch.Tensor, *args: Any, tokens_per_row: int | None = None, **options: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Packed tokens as rows of ``tokens_per_row``, each tensor with or without its leading 1; else as ``PACKED``."""
+    args = (q, *args)
+    if tokens_per_row is None:
+        return PACKED.lift(*args, **options) if q.dim() == 3 else (args, options)
+    contracts.tokens_per_row(tokens_per_row, options.get("cu_seqlens"), *args[:5])
+    rows = []
+    for x, inner in zip(args, (2, 2, 2, 1, 1), strict=False):
+        tokens, *size = x.shape[-inner - 1 :]
+        token, *strides = x.stride()[-inner - 1 :]
+        # as_strided, because view would ask how large an unbacked T is
+        shape = tokens // tokens_per_row, tokens_per_row, *size
+        rows.append(launch.view(x.as_strided(shape, (tokens_per_row * token, token, *strides)), x))
+    return (*rows, *args[5:]), options
+
+
+def _lower_rows(o: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> torch.Tensor:
+    tokens, heads, size = v.shape[-3:]
+    strides = tokens * heads * size, heads * size, size, 1
+    return launch.view(o.as_strided(v.shape, strides[-v.dim() :]), o)
+
+
+#: As ``PACKED``, and packed rows of equal length with ``tokens_per_row``: an engine's drafts, without its offsets.
+_ROWS = Adapter(_has_rows, _lift_rows, _lower_rows)
 
 
 define("recurrent_gated_delta_rule" + FUNCTIONAL, module="recurrent", fake=fake_functional, adapter=PACKED)
@@ -24,7 +59,7 @@ define(
     f"Tensor? has_initial_state=None, {_OPTIONS}) -> Tensor",
     module="recurrent",
     fake=_fake,
-    adapter=PACKED,
+    adapter=_ROWS,
 )
 define(
     "recurrent_gated_delta_rule_verify(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, "
@@ -32,7 +67,7 @@ define(
     f"Tensor? cu_seqlens=None, Tensor? parents=None, Tensor? has_initial_state=None, {_OPTIONS}) -> Tensor",
     module="recurrent",
     fake=_fake,
-    adapter=PACKED,
+    adapter=_ROWS,
 )
 
 
@@ -92,6 +127,7 @@ def recurrent_gated_delta_rule_paged(
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
     rounding_seed: torch.Tensor | None = None,
+    tokens_per_row: int | None = None,
 ) -> torch.Tensor:
     """The gated delta rule for a few tokens a sequence on a state pool, in place: decode and verify.
 
@@ -118,6 +154,8 @@ def recurrent_gated_delta_rule_paged(
             and the element's head, row and column, whatever the batch: **give every step, and every layer, a seed of
             its own**, or errors add up again. The kernel reads the tensor, so a captured graph sees the value it holds
             at each replay. Warm-up: ``ModelShapes(stochastic_rounding=True)``.
+        tokens_per_row: t, where the N rows come packed without ``cu_seqlens``, token after token: q, k, v
+            ``[1, N * t, heads, size]`` and g, beta ``[1, N * t, HV]``, each with or without its leading 1.
 
     Returns:
         ``o`` in the shape and dtype of ``v``, contiguous.
@@ -144,6 +182,7 @@ def recurrent_gated_delta_rule_paged(
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
         rounding_seed=rounding_seed,
+        tokens_per_row=tokens_per_row,
     )
 
 
@@ -168,6 +207,7 @@ def recurrent_gated_delta_rule_verify(
     beta_scale: float = 1.0,
     pad_slot_id: int = -1,
     rounding_seed: torch.Tensor | None = None,
+    tokens_per_row: int | None = None,
 ) -> torch.Tensor:
     """:func:`recurrent_gated_delta_rule_paged` for drafted tokens: the pool is left alone, states go to a buffer.
 
@@ -180,6 +220,7 @@ def recurrent_gated_delta_rule_verify(
             ``parents[n, i]``, or from the slot's where that is outside ``[0, i)``. Default: token i follows i - 1.
         rounding_seed: as above, for ``intermediate_states`` of bf16 or fp16, with the buffer's row in place of the slot
             and the step as position. A chain goes on from the unrounded state, a tree from the stored one.
+        tokens_per_row: as above.
         No two sequences may share a row of the buffer (undefined; ``launch.debug_checks()`` refuses it).
 
     Returns:
@@ -205,6 +246,7 @@ def recurrent_gated_delta_rule_verify(
         beta_scale=beta_scale,
         pad_slot_id=pad_slot_id,
         rounding_seed=rounding_seed,
+        tokens_per_row=tokens_per_row,
     )
 
 

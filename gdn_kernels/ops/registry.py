@@ -26,10 +26,12 @@ Call = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Takes what a user may pass in more than one rank: ``lift`` the arguments, ``lower`` the result again."""
+    """Takes what a user may pass in more than one form: ``lift`` gives the positional and the keyword arguments that
+    the checks and the implementations know, ``lower`` the result, from that and the positional arguments as they came.
+    """
 
     applies: Callable[..., bool]
-    lift: Call
+    lift: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
     lower: Call
 
 
@@ -61,9 +63,10 @@ def define(
 
         def implementation(*args: Any, **kwargs: Any) -> Any:
             contracts.gradients(name, (*args, *kwargs.values()))
-            if adapter is not None and adapter.applies(*args):
-                return adapter.lower(run(*adapter.lift(*args), **kwargs))
-            return run(*args, **kwargs)
+            if adapter is None or not adapter.applies(*args, **kwargs):
+                return run(*args, **kwargs)
+            lifted, options = adapter.lift(*args, **kwargs)
+            return adapter.lower(run(*lifted, **options), *args)
 
         return implementation
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,18 @@ def packed_decode(
         o[row] = step(S, *token, scale, work)
         _math.store_state(state[slot], S, _math.draw(rounding_seed, slot, 0))
     return o
+
+
+def packed_decode_out(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    out: Tensor,
+    state_indices: Tensor,
+    **options: Any,
+) -> None:
+    """:func:`packed_decode` into ``out`` ``[N, HV, V]`` or ``[N, 1, HV, V]``; the same options."""
+    out.copy_(packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, state_indices, **options).view(out.shape))

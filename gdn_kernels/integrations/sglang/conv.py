@@ -8,7 +8,11 @@ import torch
 
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
-from gdn_kernels.ops import conv
+
+_gating = torch.ops.gdn.gating.default
+_split_qkvz_ba = torch.ops.gdn.split_qkvz_ba.default
+_causal_conv1d_update = torch.ops.gdn.causal_conv1d_update.default
+_causal_conv1d_verify = torch.ops.gdn.causal_conv1d_verify.default
 
 #: Kernels that want contiguous q, k and v: imported only where a user has chosen one of them.
 _CONTIGUOUS = tuple(f"sglang.srt.layers.attention.linear.kernels.{name}" for name in ("gdn_flashinfer", "gdn_cutedsl"))
@@ -23,13 +27,13 @@ def fused_gdn_gating(A_log, a, b, dt_bias, beta=1.0, threshold=20.0):
         return "another softplus"
     if a.dtype != b.dtype:
         return "a and b of two dtypes"
-    return torch.ops.gdn.gating(a.unsqueeze(0), b.unsqueeze(0), A_log, dt_bias)
+    return _gating(a[None], b[None], A_log, dt_bias)
 
 
 @plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat", "split_qkvz_ba")
 def fused_qkvzba_split_reshape_cat(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v):
     """Interleaved projections: ``mixed_qkv [T, D]``, ``z [T, HV, V]``, ``b`` and ``a`` ``[T, HV]``."""
-    return torch.ops.gdn.split_qkvz_ba(
+    return _split_qkvz_ba(
         mixed_qkvz,
         mixed_ba,
         num_k_heads=num_heads_qk,
@@ -40,8 +44,9 @@ def fused_qkvzba_split_reshape_cat(mixed_qkvz, mixed_ba, num_heads_qk, num_heads
 
 
 def _columns(mixed_qkvz, mixed_ba, qkv_dim, num_heads_v, head_v):
-    z = mixed_qkvz[:, qkv_dim:].unflatten(1, (num_heads_v, head_v))
-    return mixed_qkvz[:, :qkv_dim], z, mixed_ba[:, :num_heads_v], mixed_ba[:, num_heads_v:]
+    mixed_qkv, z = mixed_qkvz.split_with_sizes((qkv_dim, mixed_qkvz.shape[1] - qkv_dim), 1)
+    b, a = mixed_ba.split_with_sizes((num_heads_v, mixed_ba.shape[1] - num_heads_v), 1)
+    return mixed_qkv, z.view(-1, num_heads_v, head_v), b, a
 
 
 @plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat_contiguous")
@@ -55,13 +60,15 @@ def fused_qkvzba_split_reshape_cat_contiguous(mixed_qkvz, mixed_ba, num_heads_qk
 @plugin.place(f"{PROJECTIONS}.fused_qkv_split_gdn_prefill")
 def fused_qkv_split_gdn_prefill(mixed_qkv, num_q_heads, num_k_heads, num_v_heads, head_q, head_k, head_v):
     """q, k, v ``[1, T, heads, size]`` as views of ``mixed_qkv``, which the operators read in place."""
-    if any(name in sys.modules for name in _CONTIGUOUS):
-        return "another backend, which wants contiguous q, k, v"
-    q, k, v = mixed_qkv.unsqueeze(0).split([num_q_heads * head_q, num_k_heads * head_k, num_v_heads * head_v], dim=-1)
+    for name in _CONTIGUOUS:
+        if name in sys.modules:
+            return "another backend, which wants contiguous q, k, v"
+    tokens, sizes = mixed_qkv.shape[0], (num_q_heads * head_q, num_k_heads * head_k, num_v_heads * head_v)
+    q, k, v = mixed_qkv.split_with_sizes(sizes, 1)
     return (
-        q.unflatten(-1, (num_q_heads, head_q)),
-        k.unflatten(-1, (num_k_heads, head_k)),
-        v.unflatten(-1, (num_v_heads, head_v)),
+        q.view(1, tokens, num_q_heads, head_q),
+        k.view(1, tokens, num_k_heads, head_k),
+        v.view(1, tokens, num_v_heads, head_v),
     )
 
 
@@ -82,20 +89,9 @@ def fused_qkvzba_causal_conv1d_update_contiguous(
     pad_slot_id=-1,
 ):
     """The conv of a decode step on the first ``qkv_dim`` columns, state in place; z, b and a are views."""
-    why = calls.conv_reason(mixed_qkvz, conv_weight, conv_state, activation)
-    if why is not None:
-        return why
     mixed_qkv, z, b, a = _columns(mixed_qkvz, mixed_ba, qkv_dim, num_v_heads, head_v_dim)
-    y = conv.causal_conv1d_update(
-        mixed_qkv,
-        conv_weight,
-        conv_bias,
-        calls.conv_window(conv_state, conv_weight.shape[1] - 1),
-        state_indices=conv_state_indices,
-        activation=activation,
-        pad_slot_id=pad_slot_id,
-    )
-    return y, z, b, a
+    y = _conv_update(mixed_qkv, conv_state, conv_weight, conv_bias, activation, conv_state_indices, None, pad_slot_id)
+    return y if isinstance(y, str) else (y, z, b, a)
 
 
 @plugin.place(f"{CONV}.causal_conv1d_fn", "causal_conv1d")
@@ -141,19 +137,29 @@ def causal_conv1d_fn_dispatch(
 
 def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad_slot_id):
     """One or a few tokens a row, x ``[B, D]`` or ``[B, D, T]``, state in place."""
+    if conv_state is None:
+        return "no conv state"
     width, drafted = weight.shape[1], x.dim() == 3
     columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
-    y = conv.causal_conv1d_update(
-        x.transpose(1, 2) if drafted else x,
-        weight,
-        bias,
-        calls.conv_window(conv_state, columns),
-        state_indices=indices,
-        num_accepted_tokens=accepted,
-        activation=activation,
-        pad_slot_id=pad_slot_id,
-    )
-    return y.transpose(1, 2) if drafted else y
+    options = calls.conv_options(activation, indices, pad_slot_id)
+    if accepted is not None:
+        options["num_accepted_tokens"] = accepted
+    try:
+        tokens = x.mT if drafted else x
+        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
+    except calls.REFUSALS:
+        why = _update_reason(x, conv_state, weight, activation, conv_state_indices=indices)
+        if why is None:
+            raise
+        return why
+    return y.mT if drafted else y
+
+
+def _update_reason(x, conv_state, weight, activation, **indices):
+    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(**indices)
+    if why is None and x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
+        return "a time-last x"
+    return why
 
 
 @plugin.place(f"{CONV}.causal_conv1d_update", "causal_conv1d_update", "causal_conv1d_verify")
@@ -179,34 +185,38 @@ def causal_conv1d_update(
 
     A tree is left to the engine, whose kernel also works out the parents.
     """
-    activation = calls.conv_activation(activation)
-    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
-        conv_state_indices=conv_state_indices, intermediate_state_indices=intermediate_state_indices
-    )
-    if why is not None:
-        return why
     if cache_seqlens is not None:
         return "a circular state"
     if retrieve_next_token is not None:
         return "a tree of drafts: its parents are worked out there"
-    if x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
-        return "a time-last x"
     if intermediate_conv_window is None:
         return _conv_update(x, conv_state, weight, bias, activation, conv_state_indices, num_accept_tokens, pad_slot_id)
     if num_accept_tokens is not None or x.dim() != 3:
         return "intermediate windows beside accepted counts"
-    y = conv.causal_conv1d_verify(
-        x.transpose(1, 2),
-        weight,
-        bias,
-        calls.conv_window(conv_state, weight.shape[1] - 1),
-        intermediate_conv_window,
-        state_indices=conv_state_indices,
-        intermediate_indices=intermediate_state_indices,
-        activation=activation,
-        pad_slot_id=pad_slot_id,
-    )
-    return y.transpose(1, 2)
+    if conv_state is None:
+        return "no conv state"
+    try:
+        return _causal_conv1d_verify(
+            x.mT,
+            weight,
+            bias,
+            calls.conv_window(conv_state, weight.shape[1] - 1),
+            intermediate_conv_window,
+            intermediate_indices=intermediate_state_indices,
+            **calls.conv_options(activation, conv_state_indices, pad_slot_id),
+        ).mT
+    except calls.REFUSALS:
+        why = _update_reason(
+            x,
+            conv_state,
+            weight,
+            activation,
+            conv_state_indices=conv_state_indices,
+            intermediate_state_indices=intermediate_state_indices,
+        )
+        if why is None:
+            raise
+        return why
 
 
 @plugin.place(f"{DISPATCH}.causal_conv1d_update", "causal_conv1d_update")
@@ -221,12 +231,6 @@ def causal_conv1d_update_dispatch(
     pad_slot_id=-1,
 ):
     """As :func:`causal_conv1d_update`, from the function that picks CUDA or Triton."""
-    activation = calls.conv_activation(activation)
-    why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(indices=conv_state_indices)
-    if why is not None:
-        return why
     if cache_seqlens is not None:
         return "a circular state"
-    if x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
-        return "a time-last x"
     return _conv_update(x, conv_state, weight, bias, activation, conv_state_indices, None, pad_slot_id)

@@ -8,8 +8,12 @@ from gdn_kernels.contracts import CHUNK, HEAD_DIMS
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import BACKEND, FLA, KERNEL, LINEAR, plugin
 
+_prefill = torch.ops.gdn.chunk_gated_delta_rule_paged.default
+_paged = torch.ops.gdn.recurrent_gated_delta_rule_paged.default
+_verify = torch.ops.gdn.recurrent_gated_delta_rule_verify.default
 
-@plugin.place(f"{FLA}.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "packed_decode")
+
+@plugin.place(f"{FLA}.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "packed_decode_out")
 def packed_decode(
     mixed_qkv,
     a,
@@ -24,12 +28,9 @@ def packed_decode(
 ):
     """``(out, initial_state)``: the pool ``[S, HV, V, K]`` in place, out ``[B, 1, HV, V]`` written."""
     o = calls.packed_decode(
-        mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, ssm_state_indices, use_qk_l2norm_in_kernel, -1
+        mixed_qkv, a, b, A_log, dt_bias, scale, initial_state, out, ssm_state_indices, use_qk_l2norm_in_kernel, -1
     )
-    if isinstance(o, str):
-        return o
-    out.copy_(o.unsqueeze(1))
-    return out, initial_state
+    return o if isinstance(o, str) else (o, initial_state)
 
 
 @plugin.place(f"{KERNEL}.packed_decode", "packed_decode")
@@ -37,10 +38,11 @@ def kernel_packed_decode(
     self, mixed_qkv, a, b, *, A_log, dt_bias, scale, ssm_states, cache_indices, num_v_heads, head_v_dim, **kwargs
 ):
     """``[1, B, HV, V]``: the decode step of SGLang's kernel object, without the copy into its out."""
-    if any(kwargs.get(name) is not None for name in ("replayssm_d", "replayssm_k", "replayssm_g")):
-        return "ReplaySSM"
-    o = calls.packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, ssm_states, cache_indices, True, -1)
-    return o if isinstance(o, str) else o.unsqueeze(0)
+    for name in ("replayssm_d", "replayssm_k", "replayssm_g"):
+        if kwargs.get(name) is not None:
+            return "ReplaySSM"
+    o = calls.packed_decode(mixed_qkv, a, b, A_log, dt_bias, scale, ssm_states, None, cache_indices, True, -1)
+    return o if isinstance(o, str) else o[None]
 
 
 @plugin.place(
@@ -87,12 +89,14 @@ def fused_sigmoid_gating_delta_rule_update(
         return "ReplaySSM"
     if (softplus_beta, softplus_threshold) != calls.SOFTPLUS:
         return "another softplus"
-    gates = calls.packed_gates(a, k), calls.packed_gates(b, k)
     return _update(
         q,
         k,
         v,
-        *gates,
+        a,
+        b,
+        A_log,
+        dt_bias,
         initial_state_source,
         initial_state_indices,
         scale,
@@ -103,8 +107,6 @@ def fused_sigmoid_gating_delta_rule_update(
         intermediate_state_indices,
         cache_steps,
         retrieve_parent_token,
-        A_log=A_log,
-        dt_bias=dt_bias,
     )
 
 
@@ -134,15 +136,16 @@ def fused_recurrent_gated_delta_rule_update(
     """As :func:`fused_sigmoid_gating_delta_rule_update`, for g and beta ``[B, T, HV]`` in fp32."""
     if disable_output_calculation:
         return "no output"
-    why = calls.gates_reason(g, beta)
-    if why is not None:
-        return why
+    if beta is None:
+        return calls.gates_reason(g, beta)
     return _update(
         q,
         k,
         v,
         g,
         beta,
+        None,
+        None,
         initial_state_source,
         initial_state_indices,
         scale,
@@ -162,6 +165,8 @@ def _update(
     v,
     g,
     beta,
+    A_log,
+    dt_bias,
     state,
     indices,
     scale,
@@ -172,42 +177,51 @@ def _update(
     buffer_indices,
     steps,
     parents,
-    **gate_parameters,
 ):
-    why = calls.state_reason(state) or calls.index_reason(
-        indices=indices, buffer_indices=buffer_indices, parents=parents, cu_seqlens=cu_seqlens
-    )
-    if why is not None:
-        return why
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, **gate_parameters}
+    """g and beta, or with ``A_log`` and ``dt_bias`` the raw a and b, which may be flat, ``[B * T, HV]``."""
+    if state is None:
+        return "no state"
     if buffer is None:
         if keep_state:
             return "drafts whose states are not kept"
-        return torch.ops.gdn.recurrent_gated_delta_rule_paged(
-            q, k, v, g, beta, state, calls.first(indices, count), cu_seqlens=cu_seqlens, **options
-        )
-    if not keep_state:
+        drafts = 1
+    elif not keep_state:
         return "intermediate states beside an update of the pool"
-    if buffer.dtype not in calls.FLOATS:
-        return "intermediate states of a dtype that is not built"
-    # A tree has a column a draft; the buffer may have more, where the number of drafts changes at run time.
-    drafts = steps or (parents.shape[1] if parents is not None else 0)
-    tokens = (q, k, v, g, beta)
-    if cu_seqlens is not None:
-        if not drafts or q.shape[1] != count * drafts:
+    else:
+        # A tree has a column a draft; the buffer may have more, where the number of drafts changes at run time.
+        drafts = steps or (0 if parents is None else parents.shape[1])
+    if cu_seqlens is None:
+        count, rows = q.shape[0], None
+    else:
+        # One token a row in a decode step, the drafts in a verification: so many tokens mean that all rows have them.
+        count = cu_seqlens.shape[0] - 1
+        rows = drafts if drafts and q.shape[1] == count * drafts else None
+        if rows is None and buffer is not None:
             return "drafts of unequal lengths"
-        tokens = tuple(tensor[0].unflatten(0, (count, drafts)) for tensor in tokens)
-    o = torch.ops.gdn.recurrent_gated_delta_rule_verify(
-        *tokens,
-        state,
-        buffer,
-        calls.first(indices, count),
-        intermediate_indices=calls.first(buffer_indices, count),
-        parents=calls.first(parents, count),
-        **options,
-    )
-    return o.view(v.shape)
+    options = calls.delta_options(scale, use_qk_l2norm, A_log, dt_bias, rows)
+    if rows is None:
+        g, beta = calls.packed_gates(g, k), calls.packed_gates(beta, k)
+        if cu_seqlens is not None:
+            options["cu_seqlens"] = cu_seqlens
+    try:
+        if buffer is None:
+            return _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
+        if buffer_indices is not None:
+            options["intermediate_indices"] = calls.first(buffer_indices, count)
+        if parents is not None:
+            options["parents"] = calls.first(parents, count)
+        return _verify(q, k, v, g, beta, state, buffer, calls.first(indices, count), **options)
+    except calls.REFUSALS:
+        why = calls.state_reason(state) or calls.index_reason(
+            indices=indices, buffer_indices=buffer_indices, parents=parents, cu_seqlens=cu_seqlens
+        )
+        if why is None and A_log is None:
+            why = calls.gates_reason(g, beta)
+        if why is None and buffer is not None and buffer.dtype not in calls.FLOATS:
+            why = "intermediate states of a dtype that is not built"
+        if why is None:
+            raise
+        return why
 
 
 @plugin.place(f"{FLA}.fused_recurrent.fused_recurrent_gated_delta_rule", "recurrent_gated_delta_rule")
@@ -227,7 +241,7 @@ def fused_recurrent_gated_delta_rule(
     why = calls.gates_reason(g, beta)
     if why is not None:
         return why
-    o, final_state = torch.ops.gdn.recurrent_gated_delta_rule(
+    o, final_state = torch.ops.gdn.recurrent_gated_delta_rule.default(
         q,
         k,
         v,
@@ -282,59 +296,56 @@ def kernel_extend(
     ``track_chunk_idx[n]`` of 64 tokens begins; a negative chunk leaves the row alone.
     """
     track, chunk = kwargs.get("track_state"), kwargs.get("track_chunk_idx")
-    why = _extend_reason(q, v, g, beta, ssm_states, cache_indices)
-    if why is not None:
-        if track is None:
-            return why
-        # The engine's kernel gives the states of all chunks, and does not know of the buffer.
-        options = {name: value for name, value in kwargs.items() if name not in ("track_state", "track_chunk_idx")}
-        o, state, h = original(
-            self,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            ssm_states=ssm_states,
-            cache_indices=cache_indices,
-            query_start_loc=query_start_loc,
-            inplace_update=inplace_update,
-            **options,
-        )
-        chunks = (query_start_loc.diff() + CHUNK - 1) // CHUNK
-        _keep(track, chunk, h[0], chunks.cumsum(0) - chunks + chunk)
-        return o, state, h
     out = kwargs.get("output")
     if out is None or out.shape != v.shape or out.dtype != v.dtype:
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    options = {"use_qk_l2norm": True, "write_indices": None if inplace_update else torch.full_like(cache_indices, -1)}
-    if track is None:
-        torch.ops.gdn.chunk_gated_delta_rule_paged(
-            q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, **options
-        )
+    options = {"use_qk_l2norm": True}
+    if not inplace_update:
+        options["write_indices"] = torch.full_like(cache_indices, -1)
+    try:
+        if track is None:
+            _prefill(q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, **options)
+        else:
+            _tracked_prefill(q, k, v, g, beta, ssm_states, out, cache_indices, query_start_loc, track, chunk, options)
         return out, None, None
-    whole = query_start_loc.diff() // CHUNK
-    offsets = torch.nn.functional.pad(whole.cumsum(0), (1, 0)).to(query_start_loc.dtype)
-    kept = torch.empty(max(q.shape[1] // CHUNK, 1), *ssm_states.shape[1:], dtype=torch.float32, device=q.device)
-    # A state at the start of chunk 0 is the one before the call.
-    before = ssm_states[cache_indices.clamp(min=0)].float()
-    torch.ops.gdn.chunk_gated_delta_rule_paged_checkpoints(
+    except (*calls.REFUSALS, NotImplementedError) as error:
+        why = _extend_reason(q, v, g, beta, ssm_states, cache_indices)
+        if why is None:
+            if not isinstance(error, NotImplementedError):
+                raise
+            why = str(error)
+    if track is None:
+        return why
+    # The engine's kernel gives the states of all chunks, and does not know of the buffer.
+    options = {name: value for name, value in kwargs.items() if name not in ("track_state", "track_chunk_idx")}
+    o, state, h = original(
+        self,
         q,
         k,
         v,
         g,
         beta,
-        ssm_states,
-        out,
-        kept,
-        cache_indices,
-        query_start_loc,
-        offsets,
-        checkpoint_interval=CHUNK,
+        ssm_states=ssm_states,
+        cache_indices=cache_indices,
+        query_start_loc=query_start_loc,
+        inplace_update=inplace_update,
         **options,
     )
-    _keep(track, chunk, kept, offsets[:-1] + chunk - 1, before)
-    return out, None, None
+    chunks = (query_start_loc.diff() + CHUNK - 1) // CHUNK
+    _keep(track, chunk, h[0], chunks.cumsum(0) - chunks + chunk)
+    return o, state, h
+
+
+def _tracked_prefill(q, k, v, g, beta, state, out, indices, offsets, track, chunk, options):
+    # A sequence has as many whole chunks as lie between its offsets in chunks, or one fewer.
+    rows = offsets // CHUNK
+    kept = torch.empty(max(q.shape[1] // CHUNK, 1), *state.shape[1:], dtype=torch.float32, device=q.device)
+    # A state at the start of chunk 0 is the one before the call.
+    before = state[indices.clamp(min=0)].float()
+    torch.ops.gdn.chunk_gated_delta_rule_paged_checkpoints(
+        q, k, v, g, beta, state, out, kept, indices, offsets, rows, checkpoint_interval=CHUNK, **options
+    )
+    _keep(track, chunk, kept, rows[:-1] + chunk - 1, before)
 
 
 def _extend_reason(q, v, g, beta, state, indices):

@@ -121,28 +121,10 @@ def layer_norm_forward(self, x, z=None):
 
 def _in_place_norm(x, g, weight, bias, activation, eps, is_rms_norm):
     """y, written over x, as SGLang does; a new tensor under Dynamo, for which a write is a copy to be proven away."""
-    if torch.compiler.is_compiling():
-        out = None
-    elif x.stride(-1) != 1:
-        return "x whose rows are not contiguous"
-    else:
-        out = x
-    if g.dim() != x.dim() and x.dim() != 2:
-        return "a gate of another rank than x"
     if g.dim() > 3 and x.dim() == 2:
         g = g.reshape(g.shape[-3:])  # leading dimensions of 1
-    return calls.norm(
-        x,
-        weight,
-        bias,
-        g,
-        eps=eps,
-        group_size=None,
-        norm_before_gate=True,
-        is_rms_norm=is_rms_norm,
-        activation=activation,
-        out=out,
-    )
+    out = None if torch.compiler.is_compiling() else x
+    return calls.norm(x, weight, bias, g, eps, None, True, is_rms_norm, activation, out)
 
 
 @plugin.place(f"{FLA}.fused_norm_gate.layer_norm_gated_fwd", "layer_norm_gated_out")
