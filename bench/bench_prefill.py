@@ -1,10 +1,12 @@
 """Prefill on every row of the peers: the table, its ratios and their geometric mean.
 
-    python bench/bench_prefill.py [--only 2/8] [--json FILE]
+    python bench/bench_prefill.py [--only 2/8] [--no-decay] [--json FILE]
 
 Under both policies that long sequences are cut by (``launch.use_prefill_policy``). As the peers were timed: q and k
-normalised beforehand, fp32 states given and returned, graphs of 5 calls over one set of buffers. Correctness is
-``bench_chunk.py``'s and the tests'; here what comes out must only be finite.
+normalised beforehand, fp32 states given and returned, graphs of 5 calls over one set of buffers. Their gates forget a
+state within 7 chunks (to 2^-32), so cutting a long sequence is cheap; ``--no-decay`` gives gates of 0, which never do,
+beside the same times of the peers. Correctness is ``bench_chunk.py``'s and the tests'; here what comes out must only be
+finite.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ ROWS = list(peers.PREFILL) if ON_GPU else [(1, 2, "2x100"), (1, 2, "130+5")]
 HEAD_DIM = 128 if ON_GPU else 64
 
 
-def row(num_k_heads: int, num_v_heads: int, sequences: str) -> dict[str, Any]:
+def row(num_k_heads: int, num_v_heads: int, sequences: str, *, decay: bool = True) -> dict[str, Any]:
     """The figures of one row; on a CPU only that it runs."""
     tokens = lengths(sequences)
     shape = cases.ModelShapes(num_k_heads, num_v_heads, HEAD_DIM, HEAD_DIM)
     make = Inputs(0)
     inputs = make.delta(shape, 1, sum(tokens), raw=False)
+    if not decay:
+        inputs["g"].zero_()
     states, offsets = make.pool(shape, len(tokens)), make.offsets(tokens)
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +76,7 @@ def test_prefill(heads_and_sequences: tuple[int, int, str], benchmark: Any) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose heads are these, as 16/64")
+    parser.add_argument("--no-decay", action="store_true", help="gates of 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     options = parser.parse_args()
     print(f"{'':27}{'invariant':>26}{'throughput':>27}")
@@ -80,7 +85,7 @@ def main() -> None:
     for heads_and_sequences in ROWS:
         if options.only not in ("", "{}/{}".format(*heads_and_sequences)):
             continue
-        facts = row(*heads_and_sequences)
+        facts = row(*heads_and_sequences, decay=not options.no_decay)
         rows.append(facts)
         best, numbers = facts["best_peer_us"], ""
         for policy in launch.POLICIES:
@@ -97,7 +102,9 @@ def main() -> None:
             mean = geometric_mean(found)
             print(f"{policy}: geometric mean of {who} / ours over {len(found)} rows: {mean:.3f}")
     if options.json:
-        options.json.write_text(json.dumps({**timing.versions(), "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({**timing.versions(), "decay": not options.no_decay, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

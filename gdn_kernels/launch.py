@@ -449,9 +449,9 @@ SEGMENT_LADDER = (
 )
 # The same where the number of sequences may be looked at: value heads and sequences, at most.
 THROUGHPUT_SEGMENT_LADDER = (
-    (8, 1, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
+    (8, 1, SegmentConfig(max_segments=16, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
     (8, 4, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=8192)),
-    (16, 1, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
+    (16, 1, SegmentConfig(max_segments=8, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
     (16, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=16384)),
     (32, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192)),
     (64, 2, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),

@@ -279,7 +279,15 @@ def test_many_value_heads_share_programs_of_the_inverse(heads: int, inverse_head
 
 def test_throughput_looks_at_the_number_of_sequences() -> None:
     hopper = Target("cuda", 90)
-    for heads, sequences, segments in ((8, 1, 8), (8, 4, 8), (8, 5, 1), (16, 2, 8), (16, 3, 1), (64, 2, 2), (64, 3, 1)):
+    for heads, sequences, segments in (
+        (8, 1, 16),
+        (8, 4, 8),
+        (8, 5, 1),
+        (16, 2, 8),
+        (16, 3, 1),
+        (64, 2, 2),
+        (64, 3, 1),
+    ):
         config = launch.segment_config(heads, 128, hopper, "throughput", sequences * heads)
         assert config.max_segments == segments, (heads, sequences)
     assert launch.segment_config(8, 128, hopper, "throughput", 8).min_tokens == 1024

@@ -43,7 +43,6 @@ SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
 # Elements of a packed Y: its upper 32 rows, then the right half of its lower ones.
 PACKED = gl.constexpr(32 * 64 + 32 * 32)
-PREFETCH = gl.constexpr(True)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
@@ -77,30 +76,6 @@ def store_rows(tiles, end, length, row, column, source):
     shape: gl.constexpr = tiles.block_shape
     source = _reinterpret(source, tiles.dtype, shape, tiles.layout)
     _store(tiles, [column // shape[4], BILLION, end, BILLION - length + row, 0], source)
-
-
-@gluon.jit
-def prefetch(ptr, BYTES: gl.constexpr):
-    """Ask for BYTES at a scalar pointer to be in the L2 soon; by one thread of each warp."""
-    address = ptr.to(gl.int64)
-    if address % 16 == 0:
-        gl.inline_asm_elementwise(
-            """
-            {
-                .reg .pred first;
-                .reg .b32 lane;
-                mov.u32 lane, %laneid;
-                setp.eq.u32 first, lane, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.u32 $0, 0;
-            }
-            """,
-            "=r,l,r",
-            [address, (address * 0).to(gl.int32) + BYTES],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @gluon.jit
@@ -239,7 +214,7 @@ def work_of(
 
 @gluon.jit
 def loader(
-    tensors, tiles, initial_ptr, stride_initial, batch, items,
+    tensors, tiles, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
     IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
@@ -259,13 +234,6 @@ def loader(
         has_values = first_row < V
         q_column = hv // (HV // H) * K
         v_column = hv * V + first_row
-        if not IS_MAP and PREFETCH:
-            read, write, known = work[13:16]
-            if initial_ptr is not None:
-                if known:
-                    # the state before this one is still at work
-                    BYTES: gl.constexpr = PARTS * C * K * initial_ptr.dtype.element_ty.primitive_bitwidth // 8
-                    prefetch(initial_ptr + (read * stride_initial + hv * (V * K) + first_row * K), BYTES)
         if active:
             for i in range(chunks):
                 stage = turn % STAGES
@@ -725,7 +693,7 @@ def hopper_scan_kernel(
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                            MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
-            (loader, (tensors, loaded, initial_ptr, stride_initial, batch, items, H, HV, K, V, PARTS,
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
@@ -734,7 +702,7 @@ def hopper_scan_kernel(
                            MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, initial_ptr, stride_initial, batch, items, H, HV, K, V, PARTS,
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
@@ -745,7 +713,7 @@ def hopper_scan_kernel(
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 0)),
             (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, initial_ptr, stride_initial, batch, items, H, HV, K, V, PARTS,
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
@@ -756,7 +724,7 @@ def hopper_scan_kernel(
                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
             (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V, PARTS,
                          MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS)),
-            (loader, (tensors, loaded, initial_ptr, stride_initial, batch, items, H, HV, K, V, PARTS,
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
                       MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
