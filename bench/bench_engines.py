@@ -102,7 +102,7 @@ def measure(row: Row, case: EngineCase, record: _engines.Record) -> None:
     row.host_us, row.engines_host_us = (timing.host_us(calls(function)[0]) for function in (ours, engines))
 
 
-def run(engine: str, only: str) -> list[Row]:
+def run(engine: str, only: str, without: str | None = None) -> list[Row]:
     """Every case of one engine; what fails says why and the next one goes on."""
     # kernels need nothing of it, and with half of its own requirements it does not import
     stand_ins.install(instead=("transformers",))
@@ -117,7 +117,7 @@ def run(engine: str, only: str) -> list[Row]:
     records, rows = plugin.examine(), []
 
     def attempt(case: EngineCase, do: Callable[[Row, _engines.Record], None]) -> None:
-        if only not in case.id:
+        if only not in case.id or (without and without in case.id):
             return
         row, record = Row(engine, case.place, case.name), records[case.place]
         rows.append(row)
@@ -171,6 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=ENGINES, action="append", help="default: those that are there")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose id holds it")
+    parser.add_argument("--without", metavar="TEXT", help="nor those whose id holds this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -182,7 +183,7 @@ def main() -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{engine}: skipped, it is not on the path")
             continue
-        rows = run(engine, options.only)
+        rows = run(engine, options.only, options.without)
         found[engine] = version
         found["rows"] += [dataclasses.asdict(row) for row in rows]
         print(f"{engine} {version}, {found['device']}\n\n{table(rows)}\n")
