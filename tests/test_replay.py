@@ -12,9 +12,12 @@ import weakref
 import operator_cases
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdn_kernels
 from gdn_kernels import launch, replay
+from gdn_kernels.ops import registry
 
 # ---------------------------------------------------------------------------------------------------------------
 # Without a GPU: a stand-in for the compiled kernel and for the device's stream
@@ -612,3 +615,41 @@ def test_signatures_are_bounded(ordinary, monkeypatch):
     for rows in (*range(40, 50), *range(40, 50)):
         x = normal(rows, 128)
         assert torch.equal(norm(x, weight, None), norm(x, weight, None))
+
+
+def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(monkeypatch):
+    # a CPU's tensors that say they are a GPU's, and an implementation that only counts
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setitem(registry._on_gpu, "l2norm", lambda *args, **kwargs: calls.append((args, kwargs)))
+    l2norm, x = registry.direct("l2norm"), torch.ones(2, 64)
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        assert l2norm(x, eps=1e-5) is None and calls == [((x,), {"eps": 1e-5})]
+        l2norm(torch.nn.Parameter(x))
+        assert len(calls) == 2
+        for mode in (torch.enable_grad(), Dispatched(), Function()):
+            with mode:
+                assert l2norm(x).shape == x.shape
+        assert l2norm(x.as_subclass(Subclass)).shape == x.shape
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert l2norm(x).shape == x.shape
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
+def test_a_direct_call_has_the_operators_bits(ordinary):
+    x, weight = normal(9, 128), normal(128, seed=1)
+    with torch.no_grad():
+        assert torch.equal(registry.direct("layer_norm_gated")(x, weight, None), norm(x, weight, None))

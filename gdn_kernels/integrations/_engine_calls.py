@@ -12,6 +12,7 @@ import torch
 
 from gdn_kernels import contracts
 from gdn_kernels.integrations._common import rows
+from gdn_kernels.ops import registry
 
 #: The dtypes of the operators, and the one in which their references are the oracle, on a CPU.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,11 +22,11 @@ SOFTPLUS = (1.0, 20.0)
 #: How an operator refuses a call that may be a reason to leave it.
 REFUSALS = (TypeError, ValueError)
 
-_layer_norm_gated = torch.ops.gdn.layer_norm_gated.default
-_layer_norm_gated_out = torch.ops.gdn.layer_norm_gated_out.default
-_packed_decode = torch.ops.gdn.packed_decode.default
-_packed_decode_out = torch.ops.gdn.packed_decode_out.default
-_causal_conv1d = torch.ops.gdn.causal_conv1d.default
+_layer_norm_gated = registry.direct("layer_norm_gated")
+_layer_norm_gated_out = registry.direct("layer_norm_gated_out")
+_packed_decode = registry.direct("packed_decode")
+_packed_decode_out = registry.direct("packed_decode_out")
+_causal_conv1d = registry.direct("causal_conv1d")
 
 
 def norm(

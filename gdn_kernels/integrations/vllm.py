@@ -24,7 +24,7 @@ from gdn_kernels import contracts
 from gdn_kernels.graphs import SPLIT_OPERATORS
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations._engines import Plugin, Record, rebind
-from gdn_kernels.ops import conv
+from gdn_kernels.ops import conv, registry
 
 __all__ = ["apply", "examine", "plugin", "register", "report", "restore"]
 
@@ -36,8 +36,8 @@ _METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
 #: vLLM's null block.
 NULL = 0
 
-_causal_conv1d_update = torch.ops.gdn.causal_conv1d_update.default
-_paged = torch.ops.gdn.recurrent_gated_delta_rule_paged.default
+_causal_conv1d_update = registry.direct("causal_conv1d_update")
+_paged = registry.direct("recurrent_gated_delta_rule_paged")
 
 
 class VLLMPlugin(Plugin):

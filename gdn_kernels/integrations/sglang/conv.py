@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
+from gdn_kernels.ops import registry
 
-_gating = torch.ops.gdn.gating.default
-_split_qkvz_ba = torch.ops.gdn.split_qkvz_ba.default
-_causal_conv1d_update = torch.ops.gdn.causal_conv1d_update.default
-_causal_conv1d_verify = torch.ops.gdn.causal_conv1d_verify.default
+_gating = registry.direct("gating")
+_split_qkvz_ba = registry.direct("split_qkvz_ba")
+_causal_conv1d_update = registry.direct("causal_conv1d_update")
+_causal_conv1d_verify = registry.direct("causal_conv1d_verify")
 
 #: Kernels that want contiguous q, k and v: imported only where a user has chosen one of them.
 _CONTIGUOUS = tuple(f"sglang.srt.layers.attention.linear.kernels.{name}" for name in ("gdn_flashinfer", "gdn_cutedsl"))

@@ -7,10 +7,11 @@ import torch
 from gdn_kernels.contracts import CHUNK, HEAD_DIMS
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import BACKEND, FLA, KERNEL, LINEAR, plugin
+from gdn_kernels.ops import registry
 
-_prefill = torch.ops.gdn.chunk_gated_delta_rule_paged.default
-_paged = torch.ops.gdn.recurrent_gated_delta_rule_paged.default
-_verify = torch.ops.gdn.recurrent_gated_delta_rule_verify.default
+_prefill = registry.direct("chunk_gated_delta_rule_paged")
+_paged = registry.direct("recurrent_gated_delta_rule_paged")
+_verify = registry.direct("recurrent_gated_delta_rule_verify")
 
 
 @plugin.place(f"{FLA}.fused_recurrent.fused_recurrent_gated_delta_rule_packed_decode", "packed_decode_out")
