@@ -444,7 +444,8 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
     (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
-    (32, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192)),
+    (32, SegmentConfig(max_segments=2, min_tokens=4096, long_tokens=8192)),
+    (48, SegmentConfig(max_segments=4, min_tokens=8192, long_tokens=16384)),
     (64, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),
 )
 # The same where the number of sequences may be looked at: value heads and sequences, at most.
@@ -453,7 +454,9 @@ THROUGHPUT_SEGMENT_LADDER = (
     (8, 4, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=8192)),
     (16, 1, SegmentConfig(max_segments=8, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
     (16, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192, map_tokens=16384)),
+    (32, 1, SegmentConfig(max_segments=2, min_tokens=4096, long_tokens=8192)),
     (32, 2, SegmentConfig(max_segments=8, min_tokens=4096, long_tokens=8192)),
+    (48, 2, SegmentConfig(max_segments=4, min_tokens=8192, long_tokens=16384)),
     (64, 2, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),
 )
 NO_SEGMENTS = SegmentConfig(max_segments=1, min_tokens=1024, long_tokens=1024, num_stages=1)

@@ -211,8 +211,9 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
     "heads, segments, least, long, mapped",
     [(heads, 8, 1024, 8192, 8192) for heads in (1, 8)]
     + [(heads, 4, 2048, 8192, 16384) for heads in (9, 16)]
-    + [(heads, 8, 4096, 8192, launch.NEVER) for heads in (17, 32)]
-    + [(heads, 2, 8192, 16384, launch.NEVER) for heads in (33, 64)]
+    + [(heads, 2, 4096, 8192, launch.NEVER) for heads in (17, 32)]
+    + [(heads, 4, 8192, 16384, launch.NEVER) for heads in (33, 48)]
+    + [(heads, 2, 8192, 16384, launch.NEVER) for heads in (49, 64)]
     + [(heads, 1, 1024, 1024, launch.NEVER) for heads in (65, 128)],
 )
 def test_long_sequences_are_cut_on_hopper_alone(

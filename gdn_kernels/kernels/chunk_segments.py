@@ -244,9 +244,10 @@ def num_places(count, tokens, cu_seqlens, config, at_least):
 
 
 def num_states(count, tokens, HV, cu_seqlens, config):
-    """States that are walked at once, about: of each head one a sequence, or one a segment if they are long."""
+    """States that are walked at once, about: of each head one a sequence; or one a segment, if sequences are as long as
+    those that are cut whatever their gates."""
     tokens *= 1 if cu_seqlens is not None else count
-    if config.max_segments == 1 or tokens < count * config.long_tokens:
+    if config.max_segments == 1 or tokens < count * config.map_tokens:
         return count * HV
     return min(count * config.max_segments, tokens // config.min_tokens) * HV
 
