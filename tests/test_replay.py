@@ -652,4 +652,6 @@ def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(m
 def test_a_direct_call_has_the_operators_bits(ordinary):
     x, weight = normal(9, 128), normal(128, seed=1)
     with torch.no_grad():
-        assert torch.equal(registry.direct("layer_norm_gated")(x, weight, None), norm(x, weight, None))
+        options = {"norm_before_gate": True, "eps": 1e-5}
+        direct = registry.direct("layer_norm_gated")(x, weight, None, **options)
+        assert torch.equal(direct, torch.ops.gdn.layer_norm_gated(x, weight, None, **options))
