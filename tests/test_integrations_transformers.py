@@ -323,11 +323,15 @@ def test_threads_may_run_while_the_operators_are_switched():
 def test_autocast_takes_the_dtype_of_the_projections():
     model, inputs = build(), batch()
     wanted = model(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        library = model(**inputs).logits
     gdn.apply()
     with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = model(**inputs).logits
-    assert cosine(kept(found), kept(wanted)) > 0.999
+    # how a CPU multiplies bf16 decides how far the library's own code is from fp32
+    assert 1 - cosine(kept(found), kept(wanted)) < 1.1 * (1 - cosine(kept(library), kept(wanted)))
+    assert cosine(kept(found), kept(library)) > 0.999
     with pytest.warns(RuntimeWarning, match="the dtype must be .* got torch.float64"):
         mixers(model.double())[0](torch.randn(1, 3, 64).double())
 
