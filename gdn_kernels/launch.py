@@ -476,8 +476,8 @@ def use_prefill_policy(policy: str) -> None:
     """Cut long sequences by ``policy`` from the next call on, in the whole process.
 
     ``invariant``, the default: by a sequence's own length and gates and by static facts, so that its bits are the same
-    alone and in any batch. ``throughput``: also by the number of sequences that the call has offsets for (in a captured graph, the
-    same in every replay), so that a batch that fills the GPU is left whole; cutting changes the rounding.
+    alone and in any batch. ``throughput``: also by the number of sequences that the call has offsets for (in a captured
+    graph, the same in every replay), so that a batch that fills the GPU is left whole; cutting changes the rounding.
 
     Raises ValueError for another name. Graphs that are already captured keep what they were captured with.
     """
