@@ -297,6 +297,34 @@ def test_throughput_looks_at_the_number_of_sequences() -> None:
     assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
 
 
+@pytest.mark.parametrize("policy", launch.POLICIES)
+@pytest.mark.parametrize("heads", [1, 8, 9, 16, 17, 32, 33, 48, 64, 65, 128])
+def test_warmup_meets_every_binary_of_prefill(heads: int, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdn_kernels.kernels import chunk_segments
+    from gdn_kernels.ops import chunk
+
+    hopper = Target("cuda", 90)
+    monkeypatch.setattr(launch, "target", lambda _: hopper)
+    monkeypatch.setattr(launch, "_policy", policy)
+
+    def binaries(count: int, tokens: int) -> tuple:
+        """What of a call with offsets decides which kernels run, and which of their binaries."""
+        segments = launch.segment_config(heads, 128, hopper, policy, count * heads)
+        offsets = torch.empty(count + 1)
+        cut, mapped = (
+            chunk_segments.num_places(count, tokens, offsets, segments, bound) > 0
+            for bound in (segments.long_tokens, segments.map_tokens)
+        )
+        states = chunk_segments.num_states(count, tokens, heads, offsets, segments)
+        return segments if cut else None, mapped, launch.hopper_scan_config(128, states)
+
+    shapes = launch.ModelShapes(heads, heads, 128, 128)
+    warm = {binaries(*plan) for plan in chunk._warm_plans(shapes, torch.device("cuda"))}
+    sizes = [1, 64, 4095, *(bound + more for bound in (8192, 16384, 20000, 32768, 65536) for more in (-1, 0, 1, 1100))]
+    met = {binaries(count, tokens) for count in (*range(1, 8), 16, 33, 67, 132, 133, 500) for tokens in sizes}
+    assert met <= warm and len(met) > (heads <= 64)
+
+
 def test_a_policy_is_named_and_forgets_what_was_recorded() -> None:
     with pytest.raises(ValueError, match=r"^policy must be one of invariant, throughput, got 'fast'$"):
         launch.use_prefill_policy("fast")

@@ -286,15 +286,17 @@ def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[
     for count in (1, 2, 4, 5, 1 + launch.HOPPER_SMS):
         facts = heads, head_dim, target, launch.prefill_policy(), count * heads
         segments = launch.config("chunk_segments", *facts)
-        bounds = [0, segments.long_tokens, segments.map_tokens] if segments.max_segments > 1 else [0]
-        for bound in bounds:
-            if bound == launch.NEVER:
-                continue
+        # uncut, cut, mapped, and in as many segments as there may be
+        bounds = {0}
+        if segments.max_segments > 1:
+            most = min(count, 4) * max(segments.long_tokens, segments.max_segments * segments.min_tokens)
+            bounds |= {segments.long_tokens, segments.map_tokens, most} - {launch.NEVER}
+        for bound in sorted(bounds):
             tokens = bound + 1 + launch.HOPPER_SMS
             offsets = torch.empty(count + 1)
             states = chunk_segments.num_states(count, tokens, heads, offsets, segments)
-            key = segments if bound else None, bound, launch.hopper_scan_config(head_dim, states)
-            plans.setdefault(key, (count, tokens))
+            kind = segments if bound else None, bound >= segments.map_tokens
+            plans.setdefault((*kind, launch.hopper_scan_config(head_dim, states)), (count, tokens))
     return list(plans.values())
 
 
