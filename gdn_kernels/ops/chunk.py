@@ -113,6 +113,10 @@ def chunk_gated_delta_rule(
 
         q, k, v, g, beta may also come without their leading dimension of 1.
 
+    On Hopper a sequence of 8,192 tokens or more may be cut into segments that run at once (``launch.segment_config``).
+    Where a head's gates decay a state to 2^-32 over the last chunks of a segment, the next one leaves out what came
+    before them.
+
     Returns:
         ``o`` in the shape and dtype of ``v``, and ``final_state`` ``[N, HV, V, K]`` fp32; both contiguous.
 
