@@ -632,7 +632,7 @@ def hopper_scan_kernel(
     """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment; one such item after another.
 
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final`` or, where
-    the segment forgets what came before it, ``[V, K]`` to ``start``; and which of both to ``kind``.
+    the segment forgets what came before it, ``[V, K]`` to ``start`` if that is needed; and which it was to ``kind``.
     """
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)

@@ -25,7 +25,7 @@ maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what th
 last segment before its first has read it. States are fp32, K last. The products of the joining are of fp32 operands in
 three products of tf32 each, about fp32's precision: what a map loses, every later token loses.
 
-Left out: joining maps pairwise, in a logarithm of the steps; at most 8 segments do not pay for the products of maps.
+Left out: joining maps pairwise, in a logarithm of the steps; at most 16 segments do not pay for the products of maps.
 """
 
 import triton

@@ -23,6 +23,7 @@ OPERATORS: list[str] = []
 
 Call = Callable[..., Any]
 
+# Each operator's GPU implementation, for :func:`direct`.
 _on_gpu: dict[str, Call] = {}
 
 
