@@ -309,6 +309,15 @@ def _run_core(mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, output:
     run(mixed_qkv, a, b, output, context.layers[layer_id], metadata)
 
 
+def decode_into(output: torch.Tensor, *arguments: torch.Tensor, **options: Any) -> None:
+    """``packed_decode`` of these arguments, the last of which are the slots, into ``output``, strided or not."""
+    *inputs, slots = arguments
+    if output.is_contiguous():
+        torch.ops.gdn.packed_decode_out(*inputs, output, slots, **options)
+    else:
+        output.copy_(torch.ops.gdn.packed_decode(*arguments, **options))
+
+
 def _decode(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,
@@ -318,10 +327,10 @@ def _decode(
     metadata: BatchMetadata,
 ) -> None:
     rows = metadata.state_indices.shape[0]
-    arguments, slots = (a[:rows], b[:rows], layer.A_log, layer.dt_bias, layer.recurrent_state), metadata.state_indices
+    arguments = a[:rows], b[:rows], layer.A_log, layer.dt_bias, layer.recurrent_state, metadata.state_indices
     options = {"num_k_heads": layer.num_k_heads, "pad_slot_id": metadata.pad_slot_id}
     # the whole call is checked before the conv writes its state
-    contracts.packed_decode(mixed_qkv[:rows], *arguments, slots, **options)
+    contracts.packed_decode(mixed_qkv[:rows], *arguments, **options)
     convolved = torch.ops.gdn.causal_conv1d_update(
         mixed_qkv[:rows],
         layer.conv_weight,
@@ -331,11 +340,7 @@ def _decode(
         activation=layer.activation,
         pad_slot_id=metadata.pad_slot_id,
     )
-    out = output[:rows]
-    if out.is_contiguous():
-        torch.ops.gdn.packed_decode_out(convolved, *arguments, out, slots, **options)
-    else:
-        out.copy_(torch.ops.gdn.packed_decode(convolved, *arguments, slots, **options))
+    decode_into(output[:rows], convolved, *arguments, **options)
     output[rows:].zero_()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from gdn_kernels import contracts
-from gdn_kernels.graphs import SPLIT_OPERATORS
+from gdn_kernels.graphs import SPLIT_OPERATORS, decode_into
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations._engines import Plugin, Record, rebind
 from gdn_kernels.ops import conv, registry
@@ -543,11 +543,6 @@ def forward_core(self, mixed_qkv, b, a, core_attn_out):
         pad_slot_id=NULL,
     )
     if decodes:
-        *arguments, indices = decode_arguments(x)
-        o = core_attn_out[:decodes]
-        if o.is_contiguous():
-            torch.ops.gdn.packed_decode_out(*arguments, o, indices, **decode_options)
-        else:
-            o.copy_(torch.ops.gdn.packed_decode(*arguments, indices, **decode_options))
+        decode_into(core_attn_out[:decodes], *decode_arguments(x), **decode_options)
     torch.ops.gdn.chunk_gated_delta_rule_paged(*prefill_arguments(x), **prefill_options)
     return None
