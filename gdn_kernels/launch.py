@@ -262,13 +262,15 @@ NEVER = 1 << 30
 @dataclasses.dataclass(frozen=True)
 class SegmentConfig:
     """Segments of a sequence of ``long_tokens`` or more: at most ``max_segments``, each of at least ``min_tokens``; 1
-    leaves sequences whole. One of ``map_tokens`` or more is cut whatever its gates, a shorter one where they forget
-    what came before. States join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
+    leaves sequences whole. Where that makes more of them, at most ``most_segments`` of at least twice ``min_tokens``.
+    A sequence of ``map_tokens`` or more is cut whatever its gates, a shorter one where they forget what came before.
+    States join in programs of ``block_v`` rows of one head's ``[V, K]`` state."""
 
     max_segments: int
     min_tokens: int
     long_tokens: int
     map_tokens: int = NEVER
+    most_segments: int = 1
     block_v: int = 16
     num_warps: int = 8
     num_stages: int = 3
@@ -445,7 +447,7 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 # 1044, 832, 1113; 16/64 1x32768 963, 1011, 1028; 28672+4096 1082, 869, 1122.
 SEGMENT_LADDER = (
     (8, SegmentConfig(max_segments=8, min_tokens=1024, long_tokens=8192, map_tokens=8192)),
-    (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384)),
+    (16, SegmentConfig(max_segments=4, min_tokens=2048, long_tokens=8192, map_tokens=16384, most_segments=8)),
     (32, SegmentConfig(max_segments=2, min_tokens=4096, long_tokens=8192)),
     (48, SegmentConfig(max_segments=4, min_tokens=8192, long_tokens=16384)),
     (64, SegmentConfig(max_segments=2, min_tokens=8192, long_tokens=16384)),

@@ -18,11 +18,11 @@ BUDGET = 1e-6
 LENGTHS = (0, 1, 2048, 63, 5000, 64, 1023, 0, 1024, 1025, 9000, 2047, 3001)
 
 
-def settings(max_segments, min_tokens=1024, long_tokens=None):
+def settings(max_segments, min_tokens=1024, long_tokens=None, most_segments=1):
     """Sequences of two shortest segments are long already, where no other bound is named."""
     long_tokens = 2 * min_tokens if long_tokens is None else long_tokens
     return launch.SegmentConfig(
-        max_segments, min_tokens, long_tokens, long_tokens, block_v=32, num_warps=4, num_stages=2
+        max_segments, min_tokens, long_tokens, long_tokens, most_segments, block_v=32, num_warps=4, num_stages=2
     )
 
 
@@ -35,13 +35,16 @@ def num_maps(count, tokens, cu_seqlens, config):
 
 
 def tokens_a_place(config):
-    return chunk_segments.tokens_a_place(config.max_segments, config.min_tokens, config.long_tokens)
+    return chunk_segments.tokens_a_place(config, config.long_tokens)
 
 
 def cut(length, config):
     """First chunk and number of chunks of every segment of a sequence."""
     chunks = -(-length // 64)
-    segments = max(1, min(config.max_segments, length // config.min_tokens)) if length >= config.long_tokens else 1
+    segments = 1
+    if length >= config.long_tokens:
+        few = min(config.max_segments, length // config.min_tokens)
+        segments = max(1, few, min(config.most_segments, length // config.min_tokens // 2))
     per_segment = -(-chunks // segments)
     return [(first, min(per_segment, chunks - first)) for first in range(0, chunks, max(1, per_segment))] or [(0, 0)]
 
@@ -52,13 +55,11 @@ def table_kernel(
     cu_seqlens_ptr,
     N: tl.int32,
     T: tl.int32,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    LONG: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
     n, segment, segments, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
-        cu_seqlens_ptr, place, N, T, MAX, MIN, LONG, LONG
+        cu_seqlens_ptr, place, N, T, SEGMENTS, SEGMENTS.long_tokens
     )
     row = out_ptr + place * 8
     tl.store(row, n)
@@ -75,8 +76,7 @@ def table(cu_seqlens, count, tokens, config, extra=0):
     """What ``segment_of`` says of every place, and of ``extra`` more."""
     places = count + num_maps(count, tokens, cu_seqlens, config) + extra
     out = torch.full((places, 8), -7, dtype=torch.int64)
-    sizes = {"MAX": config.max_segments, "MIN": config.min_tokens, "LONG": config.long_tokens}
-    table_kernel[(places,)](out, cu_seqlens, count, tokens, **sizes)
+    table_kernel[(places,)](out, cu_seqlens, count, tokens, SEGMENTS=config)
     return out
 
 
@@ -110,6 +110,29 @@ def test_every_segment_of_a_ragged_batch_has_one_place(max_segments, long_tokens
     cu_seqlens = offsets(LENGTHS)
     tokens = int(cu_seqlens[-1]) + 7
     check_table(table(cu_seqlens, len(LENGTHS), tokens, config, extra=2), LENGTHS, config, cu_seqlens)
+
+
+@pytest.mark.parametrize("long_tokens", [1024, 4096, 6000])
+@pytest.mark.parametrize("max_segments, most_segments", [(2, 4), (3, 4), (4, 3), (2, 8)])
+def test_many_segments_of_twice_as_many_tokens(max_segments, most_segments, long_tokens):
+    config = settings(max_segments, long_tokens=long_tokens, most_segments=most_segments)
+    lengths = (*LENGTHS, 2 * 1024 * most_segments, 6000, 30000, 8191, 2 * 1024 * most_segments - 1)
+    cu_seqlens = offsets(lengths)
+    check_table(table(cu_seqlens, len(lengths), int(cu_seqlens[-1]), config, extra=2), lengths, config, cu_seqlens)
+    for length in (4095, 8192, 30000):
+        check_table(table(None, 3, length, config, extra=2), (length,) * 3, config)
+        assert chunk_segments.num_segments(length, config) == len(cut(length, config))
+    assert chunk_segments.num_segments(30000, config) == max(max_segments, most_segments)
+
+
+@pytest.mark.parametrize("most_segments", [1, 8])
+def test_many_long_sequences_back_to_back_do_not_share_a_place(most_segments):
+    # as in the ladder: those with maps are longer than the most segments of the fewest tokens
+    config = settings(4, 64, 512, most_segments)
+    for length in (*range(512, 700, 8), 1024, 1500):
+        lengths = (length,) * 5
+        cu_seqlens = offsets(lengths, 13)
+        check_table(table(cu_seqlens, 5, int(cu_seqlens[-1]), config), lengths, config, cu_seqlens)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -241,6 +264,11 @@ STATES = torch.randn(6, 2, 64, 64, generator=torch.Generator().manual_seed(1))
 def test_starts_match_the_maps_in_sequence(gates, max_segments):
     lengths = (64, 5 * 64, 0, 700, 20 * 64 + 1, 127)
     check(lengths, settings(max_segments, 64), gates, initial=STATES)
+
+
+def test_starts_of_many_segments_of_twice_as_many_tokens():
+    lengths = (64, 5 * 64, 0, 700, 20 * 64 + 1, 127)
+    check(lengths, settings(3, 64, most_segments=6), "none", initial=STATES)
 
 
 @pytest.mark.parametrize("forgotten", [0.4, 1.0])

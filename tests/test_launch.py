@@ -208,20 +208,18 @@ def test_the_decode_steps_rows_divide_a_head(head_k_dim: int, head_v_dim: int, t
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize(
-    "heads, segments, least, long, mapped",
-    [(heads, 8, 1024, 8192, 8192) for heads in (1, 8)]
-    + [(heads, 4, 2048, 8192, 16384) for heads in (9, 16)]
-    + [(heads, 2, 4096, 8192, launch.NEVER) for heads in (17, 32)]
-    + [(heads, 4, 8192, 16384, launch.NEVER) for heads in (33, 48)]
-    + [(heads, 2, 8192, 16384, launch.NEVER) for heads in (49, 64)]
-    + [(heads, 1, 1024, 1024, launch.NEVER) for heads in (65, 128)],
+    "heads, wanted",
+    [(heads, (8, 1024, 8192, 8192, 1)) for heads in (1, 8)]
+    + [(heads, (4, 2048, 8192, 16384, 8)) for heads in (9, 16)]
+    + [(heads, (2, 4096, 8192, launch.NEVER, 1)) for heads in (17, 32)]
+    + [(heads, (4, 8192, 16384, launch.NEVER, 1)) for heads in (33, 48)]
+    + [(heads, (2, 8192, 16384, launch.NEVER, 1)) for heads in (49, 64)]
+    + [(heads, (1, 1024, 1024, launch.NEVER, 1)) for heads in (65, 128)],
 )
-def test_long_sequences_are_cut_on_hopper_alone(
-    heads: int, segments: int, least: int, long: int, mapped: int, target: Target
-) -> None:
+def test_long_sequences_are_cut_on_hopper_alone(heads: int, wanted: tuple[int, ...], target: Target) -> None:
     config = launch.segment_config(heads, 128, target)
-    found = config.max_segments, config.min_tokens, config.long_tokens, config.map_tokens
-    assert found == ((segments, least, long, mapped) if target.arch == 90 else (1, 1024, 1024, launch.NEVER))
+    found = config.max_segments, config.min_tokens, config.long_tokens, config.map_tokens, config.most_segments
+    assert found == (wanted if target.arch == 90 else (1, 1024, 1024, launch.NEVER, 1))
     assert 128 % config.block_v == 0 and config.min_tokens % 64 == 0
 
 
@@ -315,7 +313,7 @@ def test_warmup_meets_every_binary_of_prefill(heads: int, policy: str, monkeypat
             chunk_segments.num_places(count, tokens, offsets, segments, bound) > 0
             for bound in (segments.long_tokens, segments.map_tokens)
         )
-        states = chunk_segments.num_states(count, tokens, heads, offsets, segments)
+        states = chunk_segments.num_states(count, tokens, heads, segments)
         return segments if cut else None, mapped, launch.hopper_scan_config(128, states)
 
     shapes = launch.ModelShapes(heads, heads, 128, 128)

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 
 BUDGET = 5e-3
 SEGMENTS = launch.SegmentConfig(max_segments=8, min_tokens=256, long_tokens=512, map_tokens=512)
+# the ladder's kind: few segments, or many of twice as many tokens
+MANY_SEGMENTS = launch.SegmentConfig(max_segments=2, min_tokens=64, long_tokens=128, map_tokens=512, most_segments=6)
 SHAPES = {"64x64": (64, 64), "128x128": (128, 128), "128x64": (128, 64), "64x128": (64, 128)}
 
 
@@ -54,7 +56,7 @@ def test_the_ladders_segments_match_fp64(dtype, gates):
     check(inputs, *run(inputs))
 
 
-@pytest.mark.parametrize("kernel", ["narrow", "wide", "portable", "segments"])
+@pytest.mark.parametrize("kernel", ["narrow", "wide", "portable", "segments", "many segments"])
 def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
     lengths = (700, 64, 1, 1500, 333)
     inputs = delta_inputs(lengths, H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda", padding=40)
@@ -63,6 +65,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
         "wide": ("chunk_hopper_scan", launch.HOPPER_SCAN_WIDE),
         "portable": ("chunk_scan", launch.scan_config(128, launch.target(torch.device("cuda")))),
         "segments": ("chunk_segments", SEGMENTS),
+        "many segments": ("chunk_segments", MANY_SEGMENTS),
     }
     with launch.pinned(*pins[kernel]):
         o, state = run(inputs)

@@ -239,7 +239,7 @@ def _launch(
             final,
             scale=scale,
             config=launch.config(
-                "chunk_hopper_scan", V, chunk_segments.num_states(count, tokens, HV, cu_seqlens, segments)
+                "chunk_hopper_scan", V, chunk_segments.num_states(count, batch * tokens, HV, segments)
             ),
             map_config=launch.config("chunk_map", K, V),
             segments=segments,

@@ -63,6 +63,25 @@ remembered = gluon.jit(chunk_segments.remembered.fn)
 
 
 @gluon.jit
+def wait_for_inputs():
+    """Wait until the kernels before this one have ended (programmatic dependent launch: launch.py).
+
+    Each kernel of a prefill lets the next one be launched as soon as all its own programs run, so that it finds its
+    work meanwhile. What the operator is given may be read without waiting, for the inverses, the first of these
+    kernels, have waited before they let the next one start. Programs without work wait too: who waits for them takes it
+    that all before has ended.
+    """
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def launch_dependents():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_rows(tiles, end, length, row, column, ready, to):
     """Copy 64 rows of the sequence of ``length`` rows before ``end``, from its row ``row`` on; zeros past its end."""
     shape: gl.constexpr = tiles.block_shape
@@ -81,11 +100,12 @@ def store_rows(tiles, end, length, row, column, source):
 @gluon.jit
 def items_with_work(
     items, batch, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, AT_LEAST: gl.constexpr, IS_MAP: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr,
 ):  # fmt: skip
-    """``items`` without those of segments, where no sequence has AT_LEAST tokens: each alone takes long to find out."""
+    """``items`` without those of segments, where no sequence is long enough: each alone takes long to find out."""
+    AT_LEAST: gl.constexpr = SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
     cu_seqlens_ptr, N = batch[0], batch[7]
-    if MAX_SEGMENTS > 1 and cu_seqlens_ptr is not None:
+    if SEGMENTS.max_segments > 1 and cu_seqlens_ptr is not None:
         number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
         longest = items * 0
         for i in range(0, N, 128):
@@ -102,7 +122,7 @@ def items_with_work(
 def work_of(
     item, batch,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """What number ``item`` of a launch is: rows of one head's state, along one sequence, or some of its segments.
@@ -133,22 +153,20 @@ def work_of(
     per_segment = item * 0
     segment = item * 0
     segments = item * 0
-    if MAX_SEGMENTS > 1:
+    if SEGMENTS.max_segments > 1:
         place_of_segment = n
         if IS_MAP:
             place_of_segment += N
         n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
-            cu_seqlens_ptr, place_of_segment, N, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS,
-            MAP_TOKENS if IS_MAP else LONG_TOKENS,
+            cu_seqlens_ptr, place_of_segment, N, T, SEGMENTS,
+            SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens,
         )  # fmt: skip
-        _, per_segment = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+        _, per_segment = cut(length, SEGMENTS)
         exists = segment < segments
         is_last = segment == segments - 1
         later = segment > 0
-        number = segment + first_place(
-            cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS
-        )  # fmt: skip
-        first_number = number_of_long(cu_seqlens_ptr, n, start, LONG_TOKENS)
+        number = segment + first_place(cu_seqlens_ptr, n, start, T, SEGMENTS, SEGMENTS.map_tokens)
+        first_number = number_of_long(cu_seqlens_ptr, n, start, SEGMENTS.long_tokens)
     else:
         row, start, length = span(cu_seqlens_ptr, n, T)
         chunks = (length + C - 1) // C
@@ -158,6 +176,7 @@ def work_of(
     # of the sequence's first chunk, in scratch
     place = place * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
+    wait_for_inputs()
     if IS_MAP:
         found = remembered(factor_ptr, place + first_chunk * HV, chunks, HV, FACTORS)
         if found > 0:
@@ -174,13 +193,13 @@ def work_of(
             keep = exists
         active = keep
     else:
-        if MAX_SEGMENTS > 1:
+        if SEGMENTS.max_segments > 1:
             later = later & exists
             if later:
                 before = place + (first_chunk - per_segment) * HV
                 ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
             joined = later & (ahead == 0)
-            if exists & (segments > 1) & (length < MAP_TOKENS):
+            if exists & (segments > 1) & (length < SEGMENTS.map_tokens):
                 if joined:
                     # walked with the segment before it
                     is_last = is_last & (ahead > 0)
@@ -216,7 +235,7 @@ def work_of(
 def loader(
     tensors, tiles, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
@@ -225,11 +244,9 @@ def loader(
     BASE: gl.constexpr = (C * K + C * C) * 2 + FACTORS * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
-    items = items_with_work(
-        items, batch, HV, K, V, PARTS, MAX_SEGMENTS, MAP_TOKENS if IS_MAP else LONG_TOKENS, IS_MAP
-    )  # fmt: skip
+    items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
+        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         has_values = first_row < V
         q_column = hv // (HV // H) * K
@@ -277,7 +294,7 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
 def auxiliary(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
@@ -290,9 +307,9 @@ def auxiliary(
     lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
-    items = items_with_work(items, batch, HV, K, V, PARTS, MAX_SEGMENTS, LONG_TOKENS, False)
+    items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, False)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
+        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
@@ -342,7 +359,7 @@ def auxiliary(
 def output(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
@@ -359,9 +376,9 @@ def output(
     mine_u_formed = u_formed.index(WHICH)
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
-    items = items_with_work(items, batch, HV, K, V, 1, MAX_SEGMENTS, LONG_TOKENS, False)
+    items = items_with_work(items, batch, HV, K, V, 1, SEGMENTS, False)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, 1, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, False, FACTORS)
+        work = work_of(item, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -411,7 +428,7 @@ def output(
 def state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the state along the chunks, for one item after another."""
@@ -435,11 +452,9 @@ def state(
     HAS_OUTPUT: gl.constexpr = PARTS == 2 and not IS_MAP
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
-    items = items_with_work(
-        items, batch, HV, K, V, PARTS, MAX_SEGMENTS, MAP_TOKENS if IS_MAP else LONG_TOKENS, IS_MAP
-    )  # fmt: skip
+    items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, FACTORS)
+        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
@@ -463,7 +478,7 @@ def state(
                 S = gl.where(diagonal, 1.0, S)
         else:
             if start_ptr is not None:
-                if joined & (length >= MAP_TOKENS):
+                if joined & (length >= SEGMENTS.map_tokens):
                     S = gl.load(start_ptr + ((number - 1) * HV + hv) * (V * K) + inner)
             if first_ptr is not None:
                 if exists & (not (later | is_last)):
@@ -562,19 +577,20 @@ def state(
             else:
                 to = final_ptr + (write * stride_final + hv * (V * K))
             gl.store(to + inner, S.to(to.dtype.element_ty))
+    wait_for_inputs()
 
 
 @gluon.jit
 def first_state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr, MIN_TOKENS: gl.constexpr, LONG_TOKENS: gl.constexpr, MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
     state(
         tiles, pointers, strides, batch, items,
-        HV, K, V, PARTS, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 0,
+        HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0,
     )  # fmt: skip
     return (items,)
 
@@ -618,22 +634,21 @@ def hopper_scan_kernel(
     HV: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
-    MAX_SEGMENTS: gl.constexpr,
-    MIN_TOKENS: gl.constexpr,
-    LONG_TOKENS: gl.constexpr,
-    MAP_TOKENS: gl.constexpr,
+    SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     FACTORS: gl.constexpr,
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """PARTS * 64 rows of one head's state, along the chunks of one sequence or segment; one such item after another.
 
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final`` or, where
     the segment forgets what came before it, ``[V, K]`` to ``start`` if that is needed; and which it was to ``kind``.
     """
+    launch_dependents()
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)
@@ -692,40 +707,40 @@ def hopper_scan_kernel(
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
+                     SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
             (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 0)),
+                      SEGMENTS, STAGES, FACTORS, 0)),
             (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS, 1)),
+                      SEGMENTS, STAGES, FACTORS, 1)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
             (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS, 1)),
+                     SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
             (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V, PARTS,
-                         MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, STAGES, FACTORS)),
+                         SEGMENTS, STAGES, FACTORS)),
             (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS, IS_MAP, STAGES, FACTORS)),
+                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
@@ -865,10 +880,7 @@ def scan(
             HV=HV,
             K=K,
             V=V,
-            MAX_SEGMENTS=segments.max_segments if num_cut else 1,
-            MIN_TOKENS=segments.min_tokens,
-            LONG_TOKENS=segments.long_tokens,
-            MAP_TOKENS=segments.map_tokens,
+            SEGMENTS=segments if num_cut else launch.NO_SEGMENTS,
             IS_MAP=is_map,
             PARTS=config.parts,
             STAGES=config.stages,

@@ -41,6 +41,8 @@ ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
+wait_for_inputs = chunk_hopper.wait_for_inputs
+launch_dependents = chunk_hopper.launch_dependents
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 slots = gluon.jit(recurrent.slots.fn)
@@ -267,6 +269,7 @@ def hopper_inverse_kernel(
     LONG_TOKENS: gl.constexpr,
     COPIERS: gl.constexpr,
     USE_QK_L2NORM: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Y and row factors of one chunk and ``heads`` value heads of one key head, by one warp; zeros for no sequence's
     tokens; and a part of what a long sequence starts from, for kernels/chunk_segments.py."""
@@ -274,6 +277,8 @@ def hopper_inverse_kernel(
     hv0 = pid % (HV // heads) * heads
     place = (pid // (HV // heads)).to(gl.int64)
     h = hv0 // (HV // H)
+    wait_for_inputs()
+    launch_dependents()
 
     if cu_seqlens_ptr is not None:
         end = gl.load(cu_seqlens_ptr + N).to(gl.int64)

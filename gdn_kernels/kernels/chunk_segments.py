@@ -42,21 +42,26 @@ AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
-def cut(length, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr):
+def cut(length, SEGMENTS: tl.constexpr):
     """How many segments a sequence of ``length`` tokens has, and chunks in each but the last; none is empty, except
-    that of an empty sequence. Only those of LONG tokens or more are cut."""
+    that of an empty sequence."""
     chunks = (length + C - 1) // C
-    segments = tl.maximum(tl.minimum(length // MIN, MAX), 1)
-    segments = tl.where(length >= LONG, segments, 1)
+    segments = tl.minimum(length // SEGMENTS.min_tokens, SEGMENTS.max_segments)
+    segments = tl.maximum(segments, tl.minimum(length // (2 * SEGMENTS.min_tokens), SEGMENTS.most_segments))
+    segments = tl.where(length >= SEGMENTS.long_tokens, tl.maximum(segments, 1), 1)
     per_segment = tl.maximum((chunks + segments - 1) // segments, 1)
     # rounding up may leave fewer: 5 chunks by 2 are 3 segments, not 4
     return tl.maximum((chunks + per_segment - 1) // per_segment, 1), per_segment
 
 
 @triton.constexpr_function
-def tokens_a_place(MAX, MIN, AT_LEAST):
-    """Tokens from one place to the next: as many as leave each sequence of AT_LEAST tokens or more its own."""
-    return max(AT_LEAST, MAX * MIN) // max(MAX - 1, 1)
+def tokens_a_place(segments, at_least):
+    """Tokens from one place to the next: as many as leave each sequence of ``at_least`` tokens or more its own."""
+    few, many = segments.max_segments, segments.most_segments
+    tokens = max(at_least, few * segments.min_tokens) // max(few - 1, 1)
+    if many > 1:
+        tokens = min(tokens, max(at_least, many * 2 * segments.min_tokens) // (many - 1))
+    return tokens
 
 
 @triton.jit
@@ -88,13 +93,13 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 
 @triton.jit
 def first_place(
-    cu_seqlens_ptr, n, start, T, MAX: tl.constexpr, MIN: tl.constexpr, LONG: tl.constexpr, AT_LEAST: tl.constexpr
+    cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: tl.constexpr
 ):
     """Place of the first segment of sequence ``n``, whose first token is ``start``, past N."""
     if cu_seqlens_ptr is not None:
-        place = start // tokens_a_place(MAX, MIN, AT_LEAST)
+        place = start // tokens_a_place(SEGMENTS, AT_LEAST)
     else:
-        segments, _ = cut(T, MAX, MIN, LONG)
+        segments, _ = cut(T, SEGMENTS)
         place = n * (segments - 1)
     return place
 
@@ -105,14 +110,12 @@ def segment_of(
     place,
     N,
     T,
-    MAX: tl.constexpr,
-    MIN: tl.constexpr,
-    LONG: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     AT_LEAST: tl.constexpr,
 ):
     """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
 
-    Places past N are those of sequences of AT_LEAST tokens, LONG or more.
+    Places past N are those of sequences of AT_LEAST tokens, as many as a long one has or more.
     Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
     many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
     whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
@@ -121,15 +124,15 @@ def segment_of(
     n = place
     if number >= 0:
         if cu_seqlens_ptr is not None:
-            n = last_before(cu_seqlens_ptr, number, N, T, tokens_a_place(MAX, MIN, AT_LEAST))
+            n = last_before(cu_seqlens_ptr, number, N, T, tokens_a_place(SEGMENTS, AT_LEAST))
         else:
-            of_row, _ = cut(T, MAX, MIN, LONG)
+            of_row, _ = cut(T, SEGMENTS)
             n = tl.minimum(number // tl.maximum(of_row - 1, 1), number * 0 + N - 1)
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    segments, per_segment = cut(length, MAX, MIN, LONG)
+    segments, per_segment = cut(length, SEGMENTS)
     segment = segments - 1
     if number >= 0:
-        segment = (number - first_place(cu_seqlens_ptr, n, start, T, MAX, MIN, LONG, AT_LEAST)).to(tl.int32)
+        segment = (number - first_place(cu_seqlens_ptr, n, start, T, SEGMENTS, AT_LEAST)).to(tl.int32)
         if (segment < 0) | (segment >= segments - 1) | (length < AT_LEAST):
             segment = segments
     first_chunk = segment * per_segment
@@ -177,14 +180,16 @@ def combine_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    MAX_SEGMENTS: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    LONG_TOKENS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    MAP_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """BLOCK_V rows of one head's state, along the segments of one sequence of MAP_TOKENS or more."""
+    """BLOCK_V rows of one head's state, along the segments of one sequence that has maps."""
+    MAP_TOKENS: tl.constexpr = SEGMENTS.map_tokens
+    MOST: tl.constexpr = max(SEGMENTS.max_segments, SEGMENTS.most_segments)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     block = pid % (V // BLOCK_V)
     hv = (pid // (V // BLOCK_V)) % HV
@@ -193,10 +198,12 @@ def combine_kernel(
     if cu_seqlens_ptr is not None:
         n = last_before(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
     _, start, length = span(cu_seqlens_ptr, n, T)
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_inputs
     if (length < MAP_TOKENS) | (number_of_long(cu_seqlens_ptr, n, start, MAP_TOKENS) != number):
         return
 
-    segments, _ = cut(length, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS)
+    segments, _ = cut(length, SEGMENTS)
     if segments > 1:
         read, write, active, keep, known = slots(read_ptr, None, has_initial_ptr, n, length, num_slots, pad_slot_id)
         if active:
@@ -208,8 +215,8 @@ def combine_kernel(
             if initial_ptr is not None:
                 initial = initial_ptr + (read * stride_initial + (hv * V + row) * K)
                 S = tl.load(initial + inner, mask=known, other=0.0).to(tl.float32)
-            first = first_place(cu_seqlens_ptr, n, start, T, MAX_SEGMENTS, MIN_TOKENS, LONG_TOKENS, MAP_TOKENS)
-            numbers = tl.arange(0, triton.next_power_of_2(MAX_SEGMENTS))
+            first = first_place(cu_seqlens_ptr, n, start, T, SEGMENTS, MAP_TOKENS)
+            numbers = tl.arange(0, triton.next_power_of_2(MOST))
             kinds = tl.load(kind_ptr + (first + numbers) * HV + hv, mask=numbers < segments - 1, other=1)
             joined = tl.where(tl.min(kinds, 0) == 0, segments - 1, 0)
             # maps do not wait for the state: they are loaded ahead of it
@@ -232,24 +239,28 @@ def num_long(count, tokens, cu_seqlens, long_tokens):
     return count if cu_seqlens is None else tokens // long_tokens
 
 
+def num_segments(length, config):
+    """How many segments a sequence of ``length`` tokens has: :func:`cut` on the host."""
+    segments = min(length // config.min_tokens, config.max_segments)
+    segments = max(segments, min(length // (2 * config.min_tokens), config.most_segments), 1)
+    chunks = triton.cdiv(length, 64)
+    return triton.cdiv(chunks, triton.cdiv(chunks, segments)) if length >= config.long_tokens else 1
+
+
 def num_places(count, tokens, cu_seqlens, config, at_least):
     """Places of segments before the last, of sequences of ``at_least`` tokens or more."""
     if config.max_segments == 1 or count == 0 or tokens < at_least:
         return 0
     if cu_seqlens is not None:
-        return tokens // tokens_a_place(config.max_segments, config.min_tokens, at_least)
-    chunks = triton.cdiv(tokens, 64)
-    per_segment = triton.cdiv(chunks, max(1, min(config.max_segments, tokens // config.min_tokens)))
-    return count * (triton.cdiv(chunks, per_segment) - 1)
+        return tokens // tokens_a_place(config, at_least)
+    return count * (num_segments(tokens, config) - 1)
 
 
-def num_states(count, tokens, HV, cu_seqlens, config):
-    """States that are walked at once, about: of each head one a sequence; or one a segment, if sequences are as long as
-    those that are cut whatever their gates."""
-    tokens *= 1 if cu_seqlens is not None else count
-    if config.max_segments == 1 or tokens < count * config.map_tokens:
-        return count * HV
-    return min(count * config.max_segments, tokens // config.min_tokens) * HV
+def num_states(count, tokens, HV, config):
+    """States that are walked at once, about: of each head one a sequence; or one a segment, where sequences of one length
+    would be as long as those that are cut whatever their gates. ``tokens`` of all sequences."""
+    length = tokens // max(count, 1)
+    return count * HV * (num_segments(length, config) if length >= config.map_tokens else 1)
 
 
 def combine(maps, starts, kinds, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
@@ -277,10 +288,7 @@ def combine(maps, starts, kinds, initial, *, cu_seqlens, count, tokens, read, ha
         K=K,
         V=V,
         BLOCK_V=config.block_v,
-        MAX_SEGMENTS=config.max_segments,
-        MIN_TOKENS=config.min_tokens,
-        LONG_TOKENS=config.long_tokens,
-        MAP_TOKENS=config.map_tokens,
+        SEGMENTS=config,
         # AMD's matrix units take fp32 as it is, and have no tf32x3
         PRECISION="ieee" if launch.target(maps.device).backend == "hip" else "tf32x3",
         STAGES=config.num_stages,

@@ -293,12 +293,12 @@ def _warm_plans(shapes: launch.ModelShapes, device: torch.device) -> list[tuple[
         # uncut, cut, mapped, and in as many segments as there may be
         bounds = {0}
         if segments.max_segments > 1:
-            most = min(count, 4) * max(segments.long_tokens, segments.max_segments * segments.min_tokens)
+            longest = max(segments.max_segments, 2 * segments.most_segments) * segments.min_tokens
+            most = min(count, 4) * max(segments.long_tokens, longest)
             bounds |= {segments.long_tokens, segments.map_tokens, most} - {launch.NEVER}
         for bound in sorted(bounds):
             tokens = bound + 1 + launch.HOPPER_SMS
-            offsets = torch.empty(count + 1)
-            states = chunk_segments.num_states(count, tokens, heads, offsets, segments)
+            states = chunk_segments.num_states(count, tokens, heads, segments)
             kind = segments if bound else None, bound >= segments.map_tokens
             plans.setdefault((*kind, launch.hopper_scan_config(head_dim, states)), (count, tokens))
     return list(plans.values())
