@@ -66,10 +66,10 @@ remembered = gluon.jit(chunk_segments.remembered.fn)
 def wait_for_inputs():
     """Wait until the kernels before this one have ended (programmatic dependent launch: launch.py).
 
-    Each kernel of a prefill lets the next one be launched as soon as all its own programs run, so that it finds its
-    work meanwhile. What the operator is given may be read without waiting, for the inverses, the first of these
-    kernels, have waited before they let the next one start. Programs without work wait too: who waits for them takes it
-    that all before has ended.
+    Each kernel of a prefill but the last lets the next one be launched as soon as all its own programs run, so that it
+    finds its work meanwhile. What the operator is given may be read without waiting, for the inverses, the first of
+    these kernels, have waited before they let the next one start. Programs without work wait too: who waits for them
+    takes it that all before has ended. (What comes after the scan would fill the few SMs that have no program of it.)
     """
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -648,7 +648,8 @@ def hopper_scan_kernel(
     As a map pass (IS_MAP) it walks every segment but a sequence's last and writes ``[V + K, K]`` to ``final`` or, where
     the segment forgets what came before it, ``[V, K]`` to ``start`` if that is needed; and which it was to ``kind``.
     """
-    launch_dependents()
+    if IS_MAP:
+        launch_dependents()
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)

@@ -20,8 +20,10 @@ from gdn_kernels.kernels import _math, chunk_hopper, chunk_prep, chunk_segments,
 CHUNK = chunk_prep.CHUNK
 C = gl.constexpr(CHUNK)
 B = gl.constexpr(16)
-# Columns of k at a time.
-STEP = gl.constexpr(32)
+# Columns of k at a time: 128 bytes.
+STEP = gl.constexpr(64)
+# Columns of q at a time.
+Q_STEP = gl.constexpr(32)
 PACKED = chunk_hopper.PACKED
 # Programs that run at once: 12 an SM.
 AT_ONCE = 12 * launch.HOPPER_SMS
@@ -324,10 +326,10 @@ def hopper_inverse_kernel(
         norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
         if USE_QK_L2NORM:
             row = gl.arange(0, C, gl.SliceLayout(1, LINES))[:, None]
-            column = gl.arange(0, STEP, gl.SliceLayout(0, LINES))[None, :]
+            column = gl.arange(0, Q_STEP, gl.SliceLayout(0, LINES))[None, :]
             q_ptrs = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h + row * stride_q_t + column
-            squares = gl.zeros([C, STEP], gl.float32, LINES)
-            for s in gl.static_range(0, K, STEP):
+            squares = gl.zeros([C, Q_STEP], gl.float32, LINES)
+            for s in gl.static_range(0, K, Q_STEP):
                 q = gl.load(q_ptrs + s, mask=row < left_over, other=0.0).to(gl.float32)
                 squares += q * q
             norm_q = scale * gl.convert_layout(inv_l2norm(gl.sum(squares, 1), L2NORM_EPS), TOKENS)
