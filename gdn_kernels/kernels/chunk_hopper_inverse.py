@@ -101,6 +101,12 @@ def minus_masked(x, mask):
 
 
 @gluon.jit
+def opaque(x):
+    """x, of 32 bits; what is made of it is made again for each use, where it would be kept, and spilled."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
 def split(x):
     """x as a sum of two operands: twice the bits of one."""
     high = x.to(gl.float16)
@@ -224,6 +230,34 @@ def store_operand(a_s, which: gl.constexpr, A):
     a_s.index(2 * which + 1).store(low)
 
 
+@gluon.jit
+def write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V: gl.constexpr):
+    """Zeros in what lies past the token ``end`` of 64 rows of the output of ``heads`` heads."""
+    if (place + 1) * C > end:
+        rows = gl.arange(0, B, gl.SliceLayout(1, ZEROS))
+        columns = gl.arange(0, V, gl.SliceLayout(0, ZEROS))
+        zeros = gl.zeros([B, V], o_ptr.dtype.element_ty, ZEROS)
+        for t0 in range(0, C, B):
+            t = (place * C + t0 + rows)[:, None]
+            o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + columns[None, :]
+            for each in range(heads):
+                gl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
+
+
+@gluon.jit
+def gates_and_beta(g, b, valid, A_log_ptr, dt_bias_ptr, hv, beta_scale, IS_RAW_GATE: gl.constexpr):
+    """One head's gates, summed within the chunk, in log2, and beta; of what was loaded for both."""
+    g = g.to(gl.float32)
+    b = b.to(gl.float32)
+    if IS_RAW_GATE:
+        A_log = gl.load(A_log_ptr + hv).to(gl.float32)
+        dt_bias = gl.load(dt_bias_ptr + hv).to(gl.float32)
+        g = gl.where(valid, gate(g, A_log, dt_bias), 0.0)
+        b = gl.where(valid, beta_scale * sigmoid(b), 0.0)
+    # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
+    return gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add), b
+
+
 _UNSPECIALIZED = ["N", "T", "heads", "num_slots", "pad_slot_id"]
 _UNSPECIALIZED += ["stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
@@ -282,18 +316,11 @@ def hopper_inverse_kernel(
     wait_for_inputs()
     launch_dependents()
 
+    end = place * 0
     if cu_seqlens_ptr is not None:
         end = gl.load(cu_seqlens_ptr + N).to(gl.int64)
-        if (place + 1) * C > end:
-            rows = gl.arange(0, B, gl.SliceLayout(1, ZEROS))
-            columns = gl.arange(0, V, gl.SliceLayout(0, ZEROS))
-            zeros = gl.zeros([B, V], o_ptr.dtype.element_ty, ZEROS)
-            for t0 in range(0, C, B):
-                t = (place * C + t0 + rows)[:, None]
-                o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + columns[None, :]
-                for each in range(heads):
-                    gl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
-
+        if N == 0:
+            write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V)
     if N == 0:
         return
     n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
@@ -317,11 +344,10 @@ def hopper_inverse_kernel(
 
         token = gl.arange(0, C, TOKENS)
         valid = token < left_over
-        g_ptrs = g_ptr + batch * stride_g_b + (first + token) * stride_g_t + hv0
-        beta_ptrs = beta_ptr + batch * stride_beta_b + (first + token) * stride_beta_t + hv0
-        # of the next head, always: they are on their way while this one is worked on
-        g_next = gl.load(g_ptrs, mask=valid, other=0.0)
-        beta_next = gl.load(beta_ptrs, mask=valid, other=0.0)
+        g_row = g_ptr + (batch * stride_g_b + first * stride_g_t + hv0)
+        beta_row = beta_ptr + (batch * stride_beta_b + first * stride_beta_t + hv0)
+        g = gl.load(g_row + token * stride_g_t, mask=valid, other=0.0)
+        beta = gl.load(beta_row + token * stride_beta_t, mask=valid, other=0.0)
 
         norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
         if USE_QK_L2NORM:
@@ -345,6 +371,7 @@ def hopper_inverse_kernel(
         A32 = gl.zeros([B, B], gl.float32, RESULT)
         A33 = gl.zeros([B, B], gl.float32, RESULT)
         mbarrier.wait(ready, 0)
+        gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, hv0, beta_scale, IS_RAW_GATE)
         for s in gl.static_range(K // STEP):
             k0_s = k_s.index(s).slice(0, B)
             k1_s = k_s.index(s).slice(16, B)
@@ -421,26 +448,19 @@ def hopper_inverse_kernel(
         zeros = gl.zeros([B, B], gl.float32, RESULT)
 
         for each in range(heads):
-            g = g_next.to(gl.float32)
-            b = beta_next.to(gl.float32)
-            more = valid & (each + 1 < heads)
-            g_next = gl.load(g_ptrs + (each + 1), mask=more, other=0.0)
-            beta_next = gl.load(beta_ptrs + (each + 1), mask=more, other=0.0)
-            if IS_RAW_GATE:
-                A_log = gl.load(A_log_ptr + hv0 + each).to(gl.float32)
-                dt_bias = gl.load(dt_bias_ptr + hv0 + each).to(gl.float32)
-                g = gl.where(valid, gate(g, A_log, dt_bias), 0.0)
-                b = gl.where(valid, beta_scale * sigmoid(b), 0.0)
-            # those of tokens past the last valid one are 0, so that the last sum is the whole chunk's
-            gates = gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add)
             gates_s.store(gates)
             beta_s.store(b)
             head = place * HV + hv0 + each
-            factor_ptrs = factor_ptr + head * (FACTORS * C) + token
+            again = opaque(token)
+            factor_ptrs = factor_ptr + head * (FACTORS * C) + again
             gl.store(factor_ptrs, gates)
             gl.store(factor_ptrs + C, gl.exp2(gates) * norm_k)
             if USE_QK_L2NORM:
                 gl.store(factor_ptrs + 2 * C, norm_q)
+            # of the next head: they are on their way while this one is worked on, and so is their chain of sums
+            more = (again < left_over) & (each + 1 < heads)
+            g = gl.load(g_row + (each + 1) + again * stride_g_t, mask=more, other=0.0)
+            beta = gl.load(beta_row + (each + 1) + again * stride_beta_t, mask=more, other=0.0)
 
             # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y
             b3 = factor(beta_s, 3, ROWS)
@@ -453,6 +473,8 @@ def hopper_inverse_kernel(
             c1 = factor(beta_s, 1, COLUMNS)
             c0 = factor(beta_s, 0, COLUMNS)
             Y11, Y00 = inverse_blocks(d_s.index(1).load(RESULT), b1, c1, d_s.index(0).load(RESULT), b0, c0, masks)
+            next_head = gl.minimum(hv0 + each + 1, HV - 1)
+            gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, next_head, beta_scale, IS_RAW_GATE)
             c1 = -c1
             c2 = -c2
             c3 = -c3
@@ -526,7 +548,9 @@ def hopper_inverse_kernel(
                             S_ptrs = initial_ptr + read * stride_initial + (hv0 + each) * (V * K) + inner
                             S = gl.load(S_ptrs, mask=known, other=0.0).to(gl.float32)
                             gl.store(first_ptr + (number_of_first + each) * (V * K) + inner, S)
-        tma.store_wait(0)
+    if cu_seqlens_ptr is not None:
+        write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V)
+    tma.store_wait(0)
 
 
 def heads_of_a_program(chunk_heads, ratio):
