@@ -87,6 +87,30 @@ def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
             start += length
 
 
+@pytest.mark.parametrize("V", [64, 128])
+@pytest.mark.parametrize("cut", [False, True])
+def test_more_sequences_than_programs_have_their_own_results(cut, V):
+    # taken longest first: of 150 sequences each has the bits that it has alone
+    random = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, 200, (150,), generator=random).tolist()
+    lengths[40], lengths[149], lengths[0] = 1400, 1100, 0
+    inputs = delta_inputs(lengths, H=1, HV=2, K=128, V=V, dtype=torch.bfloat16, device="cuda", padding=70)
+    with launch.pinned("chunk_segments", SEGMENTS if cut else launch.NO_SEGMENTS):
+        o, state = run(inputs)
+        check(inputs, o, state)
+        start = 0
+        for n, length in enumerate(lengths):
+            if n in (1, 40, 41, 77, 148, 149):
+                rows = slice(start, start + length)
+                tensors = [x[:, rows].contiguous() for x in inputs.tensors]
+                offsets = torch.tensor([0, length], dtype=torch.int64, device="cuda")
+                alone = gdn_kernels.chunk_gated_delta_rule(
+                    *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets
+                )
+                assert torch.equal(o[:, rows], alone[0]) and torch.equal(state[n], alone[1][0]), n
+            start += length
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("decay", [1.0, 3.9, 4.1, 99.0, 101.0, 4000.0])
 def test_chunks_on_either_side_of_strong_decay(dtype, decay):

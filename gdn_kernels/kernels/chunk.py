@@ -208,6 +208,10 @@ def _launch(
         num_long = chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
         if num_long > 0 and segments.max_segments > 1 and read is not None:
             firsts = launch.empty(factors, num_long, HV, V, K)
+        order = None
+        if cu_seqlens is not None and count > 1 and count * HV * (V // 64) > launch.multiprocessors(q.device):
+            # more programs than run at once
+            order = launch.empty(cu_seqlens, count)
         chunk_hopper_inverse.prepare_inverse(
             q,
             k,
@@ -220,6 +224,7 @@ def _launch(
             count=count,
             cu_seqlens=cu_seqlens,
             scale=scale,
+            order=order,
             firsts=firsts,
             long_tokens=segments.long_tokens,
             initial=initial,
@@ -244,6 +249,7 @@ def _launch(
             map_config=launch.config("chunk_map", K, V),
             segments=segments,
             firsts=firsts,
+            order=order,
             cu_seqlens=cu_seqlens,
             count=count,
             read=read,

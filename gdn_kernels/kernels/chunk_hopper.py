@@ -104,7 +104,7 @@ def items_with_work(
 ):  # fmt: skip
     """``items`` without those of segments, where no sequence is long enough: each alone takes long to find out."""
     AT_LEAST: gl.constexpr = SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
-    cu_seqlens_ptr, N = batch[0], batch[7]
+    cu_seqlens_ptr, N = batch[0], batch[8]
     if SEGMENTS.max_segments > 1 and cu_seqlens_ptr is not None:
         number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
         longest = items * 0
@@ -119,8 +119,42 @@ def items_with_work(
 
 
 @gluon.jit
+def item_of(round, batch):
+    """This program's item of a round, in which every program takes one. Where sequences are in order, there and back
+    again: of items that get shorter and shorter all programs have about as much."""
+    order_ptr = batch[7]
+    programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    if order_ptr is not None:
+        if round % 2 != 0:
+            program = programs - 1 - program
+    return round * programs + program
+
+
+@gluon.jit
+def rounds_of(items, batch):
+    """How many of ``items`` items this program takes."""
+    rounds = items // gl.num_programs(0)
+    if item_of(rounds, batch) < items:
+        rounds += 1
+    return rounds
+
+
+@gluon.jit
+def sequence_of(item, batch, HV: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr):
+    """Of which sequence an item is, where they are in order; its place, if that is past them: a segment's."""
+    order_ptr, num_ordered = batch[7], batch[12]
+    n = (item // (V // (PARTS * C) * HV)).to(gl.int64)
+    if order_ptr is not None:
+        if n < num_ordered:
+            wait_for_inputs()
+            n = gl.load(order_ptr + n).to(gl.int64)
+    return n
+
+
+@gluon.jit
 def work_of(
-    item, batch,
+    item, sequence, batch,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr,
     IS_MAP: gl.constexpr, FACTORS: gl.constexpr,
@@ -135,12 +169,16 @@ def work_of(
     segment here starts from what was joined. Of a map instead: whether the segment exists, and the kind of what is
     written (kernels/chunk_segments.py).
     """
-    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr = batch[:7]
-    N, T, num_slots, pad_slot_id = batch[7:]
+    cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr, order_ptr = batch[:8]
+    N, T, num_slots, pad_slot_id = batch[8:12]
     BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
     first_row = (item % BLOCKS) * (PARTS * C)
     hv = (item // BLOCKS) % HV
     n = (item // (BLOCKS * HV)).to(gl.int64)
+    if IS_MAP:
+        n += N
+    elif order_ptr is not None:
+        n = sequence
     number = n
     first_number = n
     later = item < 0
@@ -154,11 +192,8 @@ def work_of(
     segment = item * 0
     segments = item * 0
     if SEGMENTS.max_segments > 1:
-        place_of_segment = n
-        if IS_MAP:
-            place_of_segment += N
         n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
-            cu_seqlens_ptr, place_of_segment, N, T, SEGMENTS,
+            cu_seqlens_ptr, n, N, T, SEGMENTS,
             SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens,
         )  # fmt: skip
         _, per_segment = cut(length, SEGMENTS)
@@ -245,8 +280,12 @@ def loader(
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
+    for round in range(rounds_of(items, batch)):
+        item = item_of(round, batch)
+        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+        # of the next round, for which no one then waits
+        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         has_values = first_row < V
         q_column = hv // (HV // H) * K
@@ -308,8 +347,12 @@ def auxiliary(
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, False)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
+    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
+    for round in range(rounds_of(items, batch)):
+        item = item_of(round, batch)
+        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
+        # of the next round, for which no one then waits
+        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
@@ -377,8 +420,12 @@ def output(
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, 1, SEGMENTS, False)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
+    sequence = sequence_of(item_of(0, batch), batch, HV, V, 1)
+    for round in range(rounds_of(items, batch)):
+        item = item_of(round, batch)
+        work = work_of(item, sequence, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
+        # of the next round, for which no one then waits
+        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, 1)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -453,8 +500,12 @@ def state(
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(item, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
+    for round in range(rounds_of(items, batch)):
+        item = item_of(round, batch)
+        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+        # of the next round, for which no one then waits
+        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
@@ -595,7 +646,10 @@ def first_state(
     return (items,)
 
 
-@gluon.jit(do_not_specialize=["N", "T", "items", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"])
+_UNSPECIALIZED = ["N", "T", "num_ordered", "items", "num_slots", "pad_slot_id", "num_checkpoints", "checkpoint_chunks"]
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
 def hopper_scan_kernel(
     q_tiles,
     k_tiles,
@@ -617,8 +671,10 @@ def hopper_scan_kernel(
     factor_ptr,
     kind_ptr,
     first_ptr,
+    order_ptr,
     N: gl.int32,
     T: gl.int32,
+    num_ordered: gl.int32,
     items: gl.int32,
     num_slots: gl.int32,
     pad_slot_id: gl.int32,
@@ -698,8 +754,8 @@ def hopper_scan_kernel(
 
     # sizes stay out of these tuples, where they would no longer be constants
     batch = (
-        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr,
-        N, T, num_slots, pad_slot_id,
+        cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr, order_ptr,
+        N, T, num_slots, pad_slot_id, num_ordered,
     )  # fmt: skip
     tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles)
     tiles = loaded + own
@@ -806,6 +862,7 @@ def scan(
     map_config,
     segments,
     firsts,
+    order,
     cu_seqlens,
     count,
     read,
@@ -817,7 +874,8 @@ def scan(
     checkpoint_interval,
 ):
     """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one. ``firsts``:
-    copies of what long sequences start from, where their slots are written in place."""
+    copies of what long sequences start from, where their slots are written in place. ``order``: sequences, longest
+    first, where that matters."""
     batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
     rows_of_factors = factors.shape[2]
@@ -844,6 +902,9 @@ def scan(
         num_cut > 0 and batch * tokens >= count * segments.long_tokens and count * HV * (V // CHUNK) < 2 * processors
     )
 
+    # narrow programs of larger heads are for so few sequences that each has an SM
+    has_order = config.parts * CHUNK == min(V, 2 * CHUNK)
+
     def start(config, initial, final, is_map, **tensors):
         rows = config.parts * CHUNK
         items = (num_maps if is_map else count + num_cut) * HV * ((V + K if is_map else V) // rows)
@@ -863,8 +924,11 @@ def scan(
             factors if num_cut else None,
             kinds if is_map else None,
             None if is_map else firsts,
+            # where there is none, what has its type stands for it
+            None if is_map or not has_order else cu_seqlens if order is None else order,
             count,
             tokens,
+            0 if order is None else count,
             items,
             num_slots,
             pad_slot_id,

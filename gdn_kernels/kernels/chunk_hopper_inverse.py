@@ -245,6 +245,21 @@ def write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V: gl.
 
 
 @gluon.jit
+def write_rank(order_ptr, cu_seqlens_ptr, n, N):
+    """Sequence ``n`` to its place among all, longest first."""
+    number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [1], [0]))
+    length = gl.load(cu_seqlens_ptr + n + 1) - gl.load(cu_seqlens_ptr + n)
+    rank = n * 0
+    for i in range(0, N, 128):
+        exists = i + number < N
+        starts = cu_seqlens_ptr + i + number
+        others = gl.load(starts + 1, mask=exists, other=0) - gl.load(starts, mask=exists, other=0)
+        before = (others > length) | ((others == length) & (i + number < n))
+        rank += gl.sum((exists & before).to(gl.int32), 0)
+    gl.store(order_ptr + rank, n.to(order_ptr.dtype.element_ty))
+
+
+@gluon.jit
 def gates_and_beta(g, b, valid, A_log_ptr, dt_bias_ptr, hv, beta_scale, IS_RAW_GATE: gl.constexpr):
     """One head's gates, summed within the chunk, in log2, and beta; of what was loaded for both."""
     g = g.to(gl.float32)
@@ -258,7 +273,7 @@ def gates_and_beta(g, b, valid, A_log_ptr, dt_bias_ptr, hv, beta_scale, IS_RAW_G
     return gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add), b
 
 
-_UNSPECIALIZED = ["N", "T", "heads", "num_slots", "pad_slot_id"]
+_UNSPECIALIZED = ["N", "T", "heads", "num_ordered", "num_slots", "pad_slot_id"]
 _UNSPECIALIZED += ["stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
 
@@ -274,6 +289,7 @@ def hopper_inverse_kernel(
     dt_bias_ptr,
     factor_ptr,
     o_ptr,
+    order_ptr,
     first_ptr,
     initial_ptr,
     cu_seqlens_ptr,
@@ -282,6 +298,7 @@ def hopper_inverse_kernel(
     N: gl.int32,
     T: gl.int32,
     heads: gl.int32,
+    num_ordered: gl.int32,
     num_slots: gl.int32,
     pad_slot_id: gl.int32,
     stride_q_b,
@@ -308,7 +325,8 @@ def hopper_inverse_kernel(
     PDL: gl.constexpr,
 ):
     """Y and row factors of one chunk and ``heads`` value heads of one key head, by one warp; zeros for no sequence's
-    tokens; and a part of what a long sequence starts from, for kernels/chunk_segments.py."""
+    tokens; a part of what a long sequence starts from, for kernels/chunk_segments.py; and one sequence's place in the
+    order of the scan."""
     pid = gl.program_id(0)
     hv0 = pid % (HV // heads) * heads
     place = (pid // (HV // heads)).to(gl.int64)
@@ -549,6 +567,8 @@ def hopper_inverse_kernel(
                             S = gl.load(S_ptrs, mask=known, other=0.0).to(gl.float32)
                             gl.store(first_ptr + (number_of_first + each) * (V * K) + inner, S)
     if cu_seqlens_ptr is not None:
+        if pid < num_ordered:
+            write_rank(order_ptr, cu_seqlens_ptr, pid, N)
         write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V)
     tma.store_wait(0)
 
@@ -581,6 +601,7 @@ def prepare_inverse(
     A_log,
     dt_bias,
     beta_scale,
+    order,
     firsts,
     long_tokens,
     initial,
@@ -590,7 +611,7 @@ def prepare_inverse(
 ):
     """Write Y, packed, to ``y`` [places, HV, PACKED], and zeros to the tokens of ``o`` of no sequence; to ``factors``
     [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and with l2norm scale / |q|.
-    ``count``: sequences. To ``firsts`` [number of a sequence of ``long_tokens`` or more, HV, V, K], if given, the slots
+    ``count``: sequences. To ``order`` [count], if given, their numbers, longest first. To ``firsts`` [number of a sequence of ``long_tokens`` or more, HV, V, K], if given, the slots
     ``read`` of the pool ``initial``."""
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
@@ -607,6 +628,7 @@ def prepare_inverse(
         dt_bias,
         factors,
         o,
+        cu_seqlens if order is None else order,
         firsts,
         None if firsts is None else initial,
         cu_seqlens,
@@ -615,6 +637,7 @@ def prepare_inverse(
         count,
         tokens,
         heads,
+        0 if order is None else count,
         0 if firsts is None else initial.shape[0],
         pad_slot_id,
         recurrent.batch_stride(q),
