@@ -341,21 +341,35 @@ def verify_kernel(
     if IS_RAW_GATE:
         A_log = tl.load(A_log_ptr + hv).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + hv).to(tl.float32)
+    parent = n * 0 - 1
+    if parent_ptr is not None:
+        # the first has none to go on from: loaded for the others, whose address then waits for no memory
+        parent = tl.load(parent_ptr + n * stride_parent, mask=(length > 0) & (num_steps > 0), other=-1).to(tl.int64)
     initial_ptrs = state_ptr + (read * stride_state + tile) + inner
-    S = tl.load(initial_ptrs, mask=known, other=0.0).to(tl.float32)
+    # A tree goes on from what is stored. S holds that, in its dtype, so that what a token needs can be loaded over it.
+    IS_STORED: tl.constexpr = parent_ptr is not None and kept_ptr.dtype == state_ptr.dtype
+    S = tl.load(initial_ptrs, mask=known, other=0.0)
+    if not IS_STORED:
+        S = S.to(tl.float32)
 
     if active:
         for i in range(length):
             if parent_ptr is not None:
-                in_tree = i < num_steps
-                parent = tl.load(parent_ptr + n * stride_parent + i, mask=in_tree, other=-1).to(tl.int64)
                 from_token = has_row & (parent >= 0) & (parent < i)
                 # other threads of this program wrote what is read here
                 tl.debug_barrier()
                 kept = kept_ptr + (row * stride_kept_row + parent * stride_kept_step + tile) + inner
-                ours = tl.load(kept, mask=from_token, other=0.0).to(tl.float32)
-                root = tl.load(initial_ptrs, mask=known & (from_token == 0), other=0.0).to(tl.float32)
-                S = tl.where(from_token, ours, root)
+                if IS_STORED:
+                    # the root at first, then the state after the token before
+                    from_root = (i > 0) & (from_token == 0)
+                    S = tl.load(kept, mask=from_token & (parent + 1 < i), other=S)
+                    S = tl.load(initial_ptrs, mask=from_root & known, other=S)
+                    if has_initial_ptr is not None:
+                        S = tl.where(from_root & (known == 0), tl.zeros_like(S), S)
+                else:
+                    ours = tl.load(kept, mask=from_token, other=0.0).to(tl.float32)
+                    root = tl.load(initial_ptrs, mask=known & (from_token == 0), other=0.0).to(tl.float32)
+                    S = tl.where(from_token, ours, root)
             q, k, v, g, beta = prepare_token(*token, A_log, dt_bias, beta_scale, IS_RAW_GATE, USE_QK_L2NORM)
             q_t += stride_q_t
             k_t += stride_k_t
@@ -363,7 +377,10 @@ def verify_kernel(
             g_t += stride_g_t
             beta_t += stride_beta_t
             token = load_token(q_t, k_t, v_t, g_t, beta_t, i + 1 < length, rows, K)
-            S, o = delta_step(S, q, k, v, g, beta, scale)
+            if parent_ptr is not None:
+                in_tree = (i + 1 < length) & (i + 1 < num_steps)
+                parent = tl.load(parent_ptr + n * stride_parent + (i + 1), mask=in_tree, other=-1).to(tl.int64)
+            S, o = delta_step(S.to(tl.float32), q, k, v, g, beta, scale)
             tl.store(o_t, o.to(o_ptr.dtype.element_ty))
             o_t += HV * V
             step = n * 0 + i
@@ -376,6 +393,8 @@ def verify_kernel(
                 kept = kept_ptr + (row * stride_kept_row + step * stride_kept_step + tile) + inner
                 stored = to_state(S, kept_ptr.dtype.element_ty, seed_ptr, row, step, state_rows, K)
                 tl.store(kept, stored, mask=has_row & (i < num_steps))
+                if IS_STORED:
+                    S = stored
     else:
         for _ in range(length):
             tl.store(o_t, tl.zeros([BLOCK_V], dtype=o_ptr.dtype.element_ty))
