@@ -128,6 +128,7 @@ def test_capture_mode_silences_debug_checks() -> None:
 LADDERS = {
     "norm": launch.NORM_LADDER,
     "recurrent": launch.RECURRENT_LADDER,
+    "verify": launch.VERIFY_LADDER,
     "step": launch.STEP_LADDER,
     "prep": launch.PREP_LADDER,
     **{f"scan-{family}": ladder for family, ladder in launch.SCAN_LADDER.items()},
@@ -362,12 +363,14 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
+    assert launch.verify_config(size) is dict(launch.VERIFY_LADDER)[size]
 
 
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:
-    for call in (lambda: launch.recurrent_config(512), lambda: launch.scan_config(512, Target("cuda", 90))):
+    hopper = Target("cuda", 90)
+    for call in (launch.recurrent_config, launch.verify_config, lambda size: launch.scan_config(size, hopper)):
         with pytest.raises(NotImplementedError, match=r"^head_k_dim must be at most 256, got 512$"):
-            call()
+            call(512)
 
 
 def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
@@ -390,6 +393,7 @@ FACTS = {
     "causal_conv1d": [()],
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
+    "verify": [(size,) for size in HEAD_DIMS],
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],
