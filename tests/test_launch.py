@@ -285,6 +285,8 @@ def test_throughput_looks_at_the_number_of_sequences() -> None:
         (8, 5, 1),
         (16, 2, 8),
         (16, 3, 1),
+        (48, 1, 4),
+        (64, 1, 1),
         (64, 2, 2),
         (64, 3, 1),
     ):
@@ -294,6 +296,15 @@ def test_throughput_looks_at_the_number_of_sequences() -> None:
     assert launch.segment_config(8, 128, hopper, "throughput", 9).min_tokens == 4096
     assert launch.segment_config(8, 128, hopper, "invariant", 33) == launch.segment_config(8, 128, hopper)
     assert launch.segment_config(8, 128, Target("cuda", 80), "throughput", 1).max_segments == 1
+
+
+@pytest.mark.parametrize("head_v_dim, items", [(64, 1), (128, 1), (256, 2)])
+def test_sequences_are_in_order_where_programs_take_several_of_them(head_v_dim: int, items: int) -> None:
+    from gdn_kernels.kernels import chunk_segments
+
+    found = [count for count in range(1, 3000) if chunk_segments.in_order(count, 1, head_v_dim, 132)]
+    assert found == list(range(132 // items + 1, 16 * 132 // items + 1))
+    assert found == [c for c in range(1, 3000) if chunk_segments.in_order(1, c, head_v_dim, 132)]
 
 
 @pytest.mark.parametrize("policy", launch.POLICIES)
@@ -363,14 +374,15 @@ def test_every_target_and_head_size_has_its_rungs(size: int, target: Target) -> 
 
     assert launch.scan_config(size, target) is dict(launch.SCAN_LADDER[family(launch.SCAN_LADDER)])[size]
     assert launch.recurrent_config(size) is dict(launch.RECURRENT_LADDER)[size]
-    assert launch.verify_config(size) is dict(launch.VERIFY_LADDER)[size]
+    assert launch.verify_config(size, 4) is dict(launch.VERIFY_LADDER)[size]
+    assert launch.verify_config(size, 2) is launch.recurrent_config(size)
 
 
 def test_a_head_size_past_the_ladders_names_the_limit() -> None:
     hopper = Target("cuda", 90)
-    for call in (launch.recurrent_config, launch.verify_config, lambda size: launch.scan_config(size, hopper)):
+    for call, *facts in (launch.recurrent_config,), (launch.verify_config, 4), (launch.scan_config, hopper):
         with pytest.raises(NotImplementedError, match=r"^head_k_dim must be at most 256, got 512$"):
-            call(512)
+            call(512, *facts)
 
 
 def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
@@ -393,7 +405,7 @@ FACTS = {
     "causal_conv1d": [()],
     "causal_conv1d_update": [()],
     "recurrent": [(size,) for size in HEAD_DIMS],
-    "verify": [(size,) for size in HEAD_DIMS],
+    "verify": [(size, itemsize) for size in HEAD_DIMS for itemsize in (2, 4)],
     "decode_step": [(size, size, target) for size in HEAD_DIMS for target in TARGETS],
     "chunk_prep": [(heads,) for heads in (1, 8, 32)],
     "chunk_scan": [(size, target) for size in HEAD_DIMS for target in TARGETS],

@@ -209,8 +209,7 @@ def _launch(
         if num_long > 0 and segments.max_segments > 1 and read is not None:
             firsts = launch.empty(factors, num_long, HV, V, K)
         order = None
-        if cu_seqlens is not None and count > 1 and count * HV * (V // 64) > launch.multiprocessors(q.device):
-            # more programs than run at once
+        if cu_seqlens is not None and chunk_segments.in_order(count, HV, V, launch.multiprocessors(q.device)):
             order = launch.empty(cu_seqlens, count)
         chunk_hopper_inverse.prepare_inverse(
             q,

@@ -263,6 +263,12 @@ def num_states(count, tokens, HV, config):
     return count * HV * (num_segments(length, config) if length >= config.map_tokens else 1)
 
 
+def in_order(count, HV, V, processors):
+    """Whether the scan takes its sequences longest first: where its programs take several items each, but few."""
+    items = count * HV * (V // (64 if V % 128 else 128))
+    return processors < items <= launch.ORDERED_ROUNDS * processors
+
+
 def combine(maps, starts, kinds, initial, *, cu_seqlens, count, tokens, read, has_initial_state, pad_slot_id, config):
     """Write to ``starts`` what the segment after each with a map starts from, where ``kinds``, int32 [maps, HV], is 0.
     Nothing for sequences without a slot."""

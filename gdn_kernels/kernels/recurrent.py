@@ -608,7 +608,7 @@ def _launch_verify(
     batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    config = launch.config("verify", K)
+    config = launch.config("verify", K, kept.element_size())
     launch.run(
         verify_kernel,
         (count * HV * (V // config.block_v),),
