@@ -328,10 +328,10 @@ RECURRENT_LADDER = (
 )
 
 
-# The same for verification where it keeps fp32 states: many small programs. HV 32, K = V = 128, H100, 2026-11-26, us for
-# 1, 8 and 256 rows of 4 drafts, and of trees: 16 rows of the state 9.0, 33.3, 950, 9.7, 35.6, 996; 8 rows 7.9, 32.3, 951,
-# 8.8, 34.2, 964; 4 rows 6.4, 31.5, 948, 6.7, 32.1, 949. States of 16 bits, 1, 8 and 128 rows: 16 rows 6.2, 19.4, 246; 8
-# rows 5.6, 18.7, 250; 4 rows 4.7, 21.2, 291.
+# The same for verification where it keeps fp32 states: many small programs. HV 32, K = V = 128, H100, 2026-11-26, us
+# for 1, 8 and 256 rows of 4 drafts, and of trees: 16 rows of the state 9.0, 33.3, 950, 9.7, 35.6, 996; 8 rows 7.9,
+# 32.3, 951, 8.8, 34.2, 964; 4 rows 6.4, 31.5, 948, 6.7, 32.1, 949. States of 16 bits, 1, 8 and 128 rows: 16 rows 6.2,
+# 19.4, 246; 8 rows 5.6, 18.7, 250; 4 rows 4.7, 21.2, 291.
 VERIFY_LADDER = (
     (64, RecurrentConfig(block_v=8, num_warps=1)),
     (128, RecurrentConfig(block_v=4, num_warps=1)),
@@ -443,9 +443,9 @@ HOPPER_MAP_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=232, auxil
 # SMs that a narrow program each may fill; a 64th row's bits are the same in either program. H100, 2026-11-25, us of the
 # whole, narrow and wide: 2/8 8x1024 53, 63; 16/48 1x2048 64, 87; 4/16 8x1024 73, 68; 16/32 8x1024 152, 149.
 HOPPER_SMS = 132
-# The scan takes sequences in order, longest first, while a program has at most so many of their heads; with more all have
-# about as much in any order. 64 sequences of 37 to 769 tokens, throughput, H100, 2026-11-26, us without and with, heads
-# 2/8 128, 121; 4/16 235, 233; 8/32 454, 448; 16/48 664, 670; 16/64 868, 874.
+# The scan takes sequences in order, longest first, while a program has at most so many of their heads; with more all
+# have about as much in any order. 64 sequences of 37 to 769 tokens, throughput, H100, 2026-11-26, us without and with,
+# heads 2/8 128, 121; 4/16 235, 233; 8/32 454, 448; 16/48 664, 670; 16/64 868, 874.
 ORDERED_ROUNDS = 16
 
 

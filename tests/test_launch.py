@@ -392,7 +392,7 @@ def test_shared_memory_of_an_unknown_architecture_is_the_smallest() -> None:
 
 def test_no_chooser_takes_a_token_count() -> None:
     # states: sequences times heads, which a captured plan fixes too
-    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states", "policy"}
+    static = {"group_size", "num_v_heads", "head_k_dim", "head_v_dim", "target", "states", "policy", "itemsize"}
     for name, chooser in launch._CHOOSERS.items():
         assert set(inspect.signature(chooser).parameters) <= static, name
 

@@ -611,8 +611,8 @@ def prepare_inverse(
 ):
     """Write Y, packed, to ``y`` [places, HV, PACKED], and zeros to the tokens of ``o`` of no sequence; to ``factors``
     [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and with l2norm scale / |q|.
-    ``count``: sequences. To ``order`` [count], if given, their numbers, longest first. To ``firsts`` [number of a sequence of ``long_tokens`` or more, HV, V, K], if given, the slots
-    ``read`` of the pool ``initial``."""
+    ``count``: sequences. To ``order`` [count], if given, their numbers, longest first. To ``firsts`` [number of a
+    sequence of ``long_tokens`` or more, HV, V, K], if given, the slots ``read`` of the pool ``initial``."""
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
     heads = heads_of_a_program(places * HV, HV // H)

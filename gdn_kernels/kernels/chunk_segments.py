@@ -92,9 +92,7 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 
 
 @triton.jit
-def first_place(
-    cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: tl.constexpr
-):
+def first_place(cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: tl.constexpr):
     """Place of the first segment of sequence ``n``, whose first token is ``start``, past N."""
     if cu_seqlens_ptr is not None:
         place = start // tokens_a_place(SEGMENTS, AT_LEAST)
@@ -257,8 +255,8 @@ def num_places(count, tokens, cu_seqlens, config, at_least):
 
 
 def num_states(count, tokens, HV, config):
-    """States that are walked at once, about: of each head one a sequence; or one a segment, where sequences of one length
-    would be as long as those that are cut whatever their gates. ``tokens`` of all sequences."""
+    """States that are walked at once, about: of each head one a sequence; or one a segment, where sequences of one
+    length would be as long as those that are cut whatever their gates. ``tokens`` of all sequences."""
     length = tokens // max(count, 1)
     return count * HV * (num_segments(length, config) if length >= config.map_tokens else 1)
 
