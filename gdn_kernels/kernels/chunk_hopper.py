@@ -156,8 +156,7 @@ def sequence_of(item, batch, HV: gl.constexpr, V: gl.constexpr, PARTS: gl.conste
 def work_of(
     item, sequence, batch,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    IS_MAP: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """What number ``item`` of a launch is: rows of one head's state, along one sequence, or some of its segments.
 
@@ -193,9 +192,8 @@ def work_of(
     segments = item * 0
     if SEGMENTS.max_segments > 1:
         n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
-            cu_seqlens_ptr, n, N, T, SEGMENTS,
-            SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens,
-        )  # fmt: skip
+            cu_seqlens_ptr, n, N, T, SEGMENTS, SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
+        )
         _, per_segment = cut(length, SEGMENTS)
         exists = segment < segments
         is_last = segment == segments - 1
@@ -270,8 +268,7 @@ def work_of(
 def loader(
     tensors, tiles, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
     q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles = tensors
@@ -333,8 +330,7 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
 def auxiliary(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
     earlier chunk's output, two chunks behind so that no P waits for it."""
@@ -402,8 +398,7 @@ def auxiliary(
 def output(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
+    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
     q_s, k_s, v_s, y_s, factor_s, ready, free, S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles
@@ -475,8 +470,7 @@ def output(
 def state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the state along the chunks, for one item after another."""
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
@@ -635,14 +629,10 @@ def state(
 def first_state(
     tiles, pointers, strides, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr,
-    IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
-    state(
-        tiles, pointers, strides, batch, items,
-        HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0,
-    )  # fmt: skip
+    state(tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0)
     return (items,)
 
 
@@ -763,41 +753,31 @@ def hopper_scan_kernel(
     strides = (stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks)
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      SEGMENTS, STAGES, FACTORS, 0)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V,
-                      SEGMENTS, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+                      HV, K, V, SEGMENTS, STAGES, FACTORS, 0)),
+            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+                      HV, K, V, SEGMENTS, STAGES, FACTORS, 1)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                           SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS,
-                     SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
-            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items, HV, K, V, PARTS,
-                         SEGMENTS, STAGES, FACTORS)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS,
-                      SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+                         HV, K, V, PARTS, SEGMENTS, STAGES, FACTORS)),
+            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
