@@ -529,9 +529,9 @@ def segment_config(
 # Programmatic dependent launch: a kernel starts while its predecessor ends, and waits for that end before its first
 # access to memory (kernels/_math.py), so bits do not change. H100, 2026-11-23, us without and with: gated norm of 4,096
 # rows 3.2, 2.9; 16,384 rows 6.6, 6.1; 65,536 rows 19.6, 18.8; conv update + decode + norm of one sequence 7.7, 6.5, of
-# 128 sequences 198, 197. The portable chunk kernels go without: programs of the scan that wait take registers and shared
-# memory from the preparation (8,192 tokens of 16/32 heads: 478, 568). Hopper's, where a program fills an SM, gain: 1x512
-# of 8/32 heads 23.1, 20.8; 1x8192 of 2/8 62.0, 56.8 (2026-11-26).
+# 128 sequences 198, 197. The portable chunk kernels go without: programs of the scan that wait take registers and
+# shared memory from the preparation (8,192 tokens of 16/32 heads: 478, 568). Hopper's, where a program fills an SM,
+# gain: 1x512 of 8/32 heads 23.1, 20.8; 1x8192 of 2/8 62.0, 56.8 (2026-11-26).
 PDL = True
 
 
