@@ -108,7 +108,13 @@ def items_with_work(
     if SEGMENTS.max_segments > 1 and cu_seqlens_ptr is not None:
         number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
         longest = items * 0
-        for i in range(0, N, 128):
+        asked = N
+        if not IS_MAP:
+            # a program's only item is found out by itself
+            if items <= gl.num_programs(0):
+                longest += AT_LEAST
+                asked = N * 0
+        for i in range(0, asked, 128):
             starts = cu_seqlens_ptr + i + number
             start = gl.load(starts, mask=i + number < N, other=0)
             lengths = gl.load(starts + 1, mask=i + number < N, other=0) - start
@@ -119,25 +125,15 @@ def items_with_work(
 
 
 @gluon.jit
-def item_of(round, batch):
-    """This program's item of a round, in which every program takes one. Where sequences are in order, there and back
-    again: of items that get shorter and shorter all programs have about as much."""
-    order_ptr = batch[7]
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    if order_ptr is not None:
-        if round % 2 != 0:
-            program = programs - 1 - program
-    return round * programs + program
-
-
-@gluon.jit
-def rounds_of(items, batch):
-    """How many of ``items`` items this program takes."""
-    rounds = items // gl.num_programs(0)
-    if item_of(rounds, batch) < items:
-        rounds += 1
-    return rounds
+def taken(item, items, batch):
+    """The item that a program takes for ``item``. Where sequences are in order, every second round, in which each
+    program takes one, goes backwards: of items that get shorter and shorter all have about as much."""
+    if batch[7] is not None:
+        programs = gl.num_programs(0)
+        round = item // programs
+        if (round % 2 != 0) & ((round + 1) * programs <= items):
+            item = (2 * round + 1) * programs - 1 - item
+    return item
 
 
 @gluon.jit
@@ -277,12 +273,11 @@ def loader(
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
-    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
-    for round in range(rounds_of(items, batch)):
-        item = item_of(round, batch)
-        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
-        # of the next round, for which no one then waits
-        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
+    sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+        # of the next item, which then does not wait for it
+        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         has_values = first_row < V
         q_column = hv // (HV // H) * K
@@ -343,12 +338,11 @@ def auxiliary(
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, False)
-    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
-    for round in range(rounds_of(items, batch)):
-        item = item_of(round, batch)
-        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
-        # of the next round, for which no one then waits
-        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
+    sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
+        # of the next item, which then does not wait for it
+        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
@@ -415,12 +409,11 @@ def output(
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, 1, SEGMENTS, False)
-    sequence = sequence_of(item_of(0, batch), batch, HV, V, 1)
-    for round in range(rounds_of(items, batch)):
-        item = item_of(round, batch)
-        work = work_of(item, sequence, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
-        # of the next round, for which no one then waits
-        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, 1)
+    sequence = sequence_of(gl.program_id(0), batch, HV, V, 1)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
+        # of the next item, which then does not wait for it
+        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, 1)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -494,12 +487,11 @@ def state(
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
-    sequence = sequence_of(item_of(0, batch), batch, HV, V, PARTS)
-    for round in range(rounds_of(items, batch)):
-        item = item_of(round, batch)
-        work = work_of(item, sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
-        # of the next round, for which no one then waits
-        sequence = sequence_of(item_of(round + 1, batch), batch, HV, V, PARTS)
+    sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+        # of the next item, which then does not wait for it
+        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
