@@ -463,7 +463,7 @@ def map_config(head_k_dim: int, head_v_dim: int) -> HopperScanConfig:
 # Value heads -> segments of a long sequence; only the scan of sm_90 walks them. Joining in 8 warps: a map of 128
 # columns, split for tf32x3, does not fit the registers of 4. K = V = 128, H100, 2026-11-26, us of the whole uncut, cut
 # with gates that forget within 7 chunks, and cut without any decay: 2/8 1x8192 179, 60, 90; 1x32768 683, 155, 242;
-# 4x8192 195, 172, 268; 4/16 1x8192 185, 80, 199; 1x32768 711, 270, 430; 4x8192 241, 312, 294; 8/32 1x8192 209, 144,
+# 4x8192 195, 172, 268; 4/16 1x8192 185, 78, 194; 1x32768 711, 233, 398; 4x8192 241, 312, 294; 8/32 1x8192 209, 144,
 # 217; 1x32768 764, 489, 797; 4x8192 395, 422, 409; 16/32 1x8192 214, 151, 224; 16/48 1x32768 843, 781, 904; 28672+4096
 # 1044, 832, 1113; 16/64 1x32768 963, 1011, 1028; 28672+4096 1082, 869, 1122.
 SEGMENT_LADDER = (

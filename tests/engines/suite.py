@@ -22,6 +22,8 @@ import torch
 LIMITS = {torch.float16: 1e-3, torch.float32: 1e-4}
 #: A result may be this much further from the oracle than the engine's, of errors that differ by chance.
 CHANCE = 1.02
+#: Of an fp32 result whose error is below a step of fp32, chance alone decides: processors sum in other orders.
+STEP = 2.0**-23
 
 
 def load(engine: str, interpreted: bool) -> Any:
@@ -63,7 +65,7 @@ def compare(plugin: Any, case: engine_cases.EngineCase, dtype: torch.dtype, runs
         ratios = {name: mine[name] / theirs[name] if theirs[name] else float(mine[name] > 0) for name in mine}
         print(case.id, "the engine's", theirs, "ratios", ratios)
         assert all(error <= limit for error in theirs.values()), "the engine means something else by its arguments"
-        assert all(ratio <= CHANCE for ratio in ratios.values())
+        assert all(ratio <= CHANCE or mine[name] < STEP for name, ratio in ratios.items())
 
 
 def functions(plugin: Any) -> dict[str, int]:
