@@ -7,7 +7,7 @@ With Y of kernels/chunk_hopper_inverse.py, which gates, beta and inverse norms o
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one; then it
-takes its next such item, of a shorter sequence, while copies of tiles into shared memory already run ahead. Each 64 rows of the state have a
+takes its next such item, while copies of tiles into shared memory already run ahead. Each 64 rows of the state have a
 warpgroup, which holds them in registers, as fp32 and as operand, everything transposed. Its chain of products, k S^T,
 U and S, is what a lone sequence waits for. So with 64 rows it does no more, and hands S and U to two warpgroups that
 form P and o, in turn. With 128 rows there are registers for one auxiliary warpgroup, which forms P and copies o, and
