@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra import cuda
 
 from gdn_kernels import launch
 from gdn_kernels.kernels import chunk_segments, recurrent
@@ -63,7 +64,7 @@ remembered = gluon.jit(chunk_segments.remembered.fn)
 
 
 @gluon.jit
-def wait_for_inputs():
+def wait_for_predecessors():
     """Wait until the kernels before this one have ended (programmatic dependent launch: launch.py).
 
     Each kernel of a prefill but the last lets the next one be launched as soon as all its own programs run, so that it
@@ -71,14 +72,7 @@ def wait_for_inputs():
     these kernels, have waited before they let the next one start. Programs without work wait too: who waits for them
     takes it that all before has ended. (What comes after the scan would fill the few SMs that have no program of it.)
     """
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def launch_dependents():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    cuda.gdc_wait()
 
 
 @gluon.jit
@@ -143,7 +137,7 @@ def sequence_of(item, batch, HV: gl.constexpr, V: gl.constexpr, PARTS: gl.conste
     n = (item // (V // (PARTS * C) * HV)).to(gl.int64)
     if order_ptr is not None:
         if n < num_ordered:
-            wait_for_inputs()
+            wait_for_predecessors()
             n = gl.load(order_ptr + n).to(gl.int64)
     return n
 
@@ -205,7 +199,7 @@ def work_of(
     # of the sequence's first chunk, in scratch
     place = place * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
-    wait_for_inputs()
+    wait_for_predecessors()
     if IS_MAP:
         found = remembered(factor_ptr, place + first_chunk * HV, chunks, HV, FACTORS)
         if found > 0:
@@ -614,7 +608,7 @@ def state(
             else:
                 to = final_ptr + (write * stride_final + hv * (V * K))
             gl.store(to + inner, S.to(to.dtype.element_ty))
-    wait_for_inputs()
+    wait_for_predecessors()
 
 
 @gluon.jit
@@ -687,7 +681,7 @@ def hopper_scan_kernel(
     the segment forgets what came before it, ``[V, K]`` to ``start`` if that is needed; and which it was to ``kind``.
     """
     if IS_MAP:
-        launch_dependents()
+        cuda.gdc_launch_dependents()
     dtype: gl.constexpr = k_tiles.dtype
     rows_of_K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, K], dtype)
     rows_of_64: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], dtype)

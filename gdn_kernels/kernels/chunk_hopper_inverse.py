@@ -43,11 +43,10 @@ ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
-wait_for_inputs = chunk_hopper.wait_for_inputs
-launch_dependents = chunk_hopper.launch_dependents
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 slots = gluon.jit(recurrent.slots.fn)
+wait_for_inputs = gluon.jit(_math.wait_for_inputs.fn)
 gate = gluon.jit(_math.gate.fn)
 sigmoid = gluon.jit(_math.sigmoid.fn)
 inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
@@ -331,8 +330,7 @@ def hopper_inverse_kernel(
     hv0 = pid % (HV // heads) * heads
     place = (pid // (HV // heads)).to(gl.int64)
     h = hv0 // (HV // H)
-    wait_for_inputs()
-    launch_dependents()
+    wait_for_inputs(PDL)
 
     end = place * 0
     if cu_seqlens_ptr is not None:

@@ -197,7 +197,7 @@ def combine_kernel(
         n = last_before(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
     _, start, length = span(cu_seqlens_ptr, n, T)
     if PDL:
-        tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_inputs
+        tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_predecessors
     if (length < MAP_TOKENS) | (number_of_long(cu_seqlens_ptr, n, start, MAP_TOKENS) != number):
         return
 
