@@ -293,12 +293,17 @@ NORM_LADDER = (
 )
 
 
+def _rung(ladder: tuple[tuple[int, Any], ...], size: int, name: str = "head_k_dim") -> Any:
+    """The first of a ladder that holds ``size``, the fact of that ``name``."""
+    for limit, config in ladder:
+        if size <= limit:
+            return config
+    raise NotImplementedError(f"{name} must be at most {ladder[-1][0]}, got {size}")
+
+
 def norm_config(group_size: int) -> NormConfig:
     """The smallest rung that holds a group of ``group_size`` elements."""
-    for limit, config in NORM_LADDER:
-        if group_size <= limit:
-            return config
-    raise NotImplementedError(f"group_size must be at most {NORM_LADDER[-1][0]}, got {group_size}")
+    return _rung(NORM_LADDER, group_size, "group_size")
 
 
 # Rows a program for gating, l2norm and the projection split; first settings, not yet searched on a GPU.
@@ -337,14 +342,6 @@ VERIFY_LADDER = (
     (128, RecurrentConfig(block_v=4, num_warps=1)),
     (256, RecurrentConfig(block_v=2, num_warps=1)),
 )
-
-
-def _rung(ladder: tuple[tuple[int, Any], ...], head_k_dim: int) -> Any:
-    """The first of a ladder by head size K that holds ``head_k_dim``."""
-    for limit, config in ladder:
-        if head_k_dim <= limit:
-            return config
-    raise NotImplementedError(f"head_k_dim must be at most {ladder[-1][0]}, got {head_k_dim}")
 
 
 def recurrent_config(head_k_dim: int) -> RecurrentConfig:

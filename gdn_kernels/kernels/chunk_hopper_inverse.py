@@ -614,6 +614,15 @@ def prepare_inverse(
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
     heads = heads_of_a_program(places * HV, HV // H)
+    # without them their facts are left out, so that they decide no binary
+    num_slots = stride_initial = copiers = 0
+    if firsts is None:
+        initial = read = has_initial_state = None
+        long_tokens = 0
+    else:
+        num_slots, stride_initial = initial.shape[0], initial.stride(0)
+        # chunks of a long sequence that copy a part of what it starts from: a power of two, which divides V
+        copiers = 1 << (min(CHUNK, long_tokens // CHUNK).bit_length() - 1)
     launch.run(
         hopper_inverse_kernel,
         (places * (HV // heads),),
@@ -628,15 +637,15 @@ def prepare_inverse(
         o,
         cu_seqlens if order is None else order,
         firsts,
-        None if firsts is None else initial,
+        initial,
         cu_seqlens,
-        None if firsts is None else read,
-        None if firsts is None else has_initial_state,
+        read,
+        has_initial_state,
         count,
         tokens,
         heads,
         0 if order is None else count,
-        0 if firsts is None else initial.shape[0],
+        num_slots,
         pad_slot_id,
         recurrent.batch_stride(q),
         q.stride(1),
@@ -644,7 +653,7 @@ def prepare_inverse(
         *(stride for t in (g, beta) for stride in (recurrent.batch_stride(t), t.stride(1))),
         o.stride(1),
         o.stride(2),
-        0 if firsts is None else initial.stride(0),
+        stride_initial,
         scale,
         beta_scale,
         config=config,
@@ -654,8 +663,7 @@ def prepare_inverse(
         V=o.shape[3],
         IS_RAW_GATE=A_log is not None,
         FACTORS=factors.shape[2],
-        LONG_TOKENS=0 if firsts is None else long_tokens,
-        # chunks of a long sequence that copy a part of what it starts from: a power of two, which divides V
-        COPIERS=1 << (min(CHUNK, long_tokens // CHUNK).bit_length() - 1) if firsts is not None else 0,
+        LONG_TOKENS=long_tokens,
+        COPIERS=copiers,
         USE_QK_L2NORM=use_qk_l2norm,
     )
