@@ -281,31 +281,86 @@ def test_starts_that_are_there_are_left_alone(max_segments, forgotten):
 
 
 @triton.jit
-def remembered_kernel(out_ptr, factor_ptr, first_ptr, chunks_ptr, HV: tl.constexpr, FACTORS: tl.constexpr):
+def remembered_kernel(
+    out_ptr, factor_ptr, first_ptr, chunks_ptr, ASKED: tl.constexpr, HV: tl.constexpr, F: tl.constexpr
+):
     i = tl.program_id(0)
     first = tl.load(first_ptr + i)
-    found = chunk_segments.remembered(factor_ptr, first, tl.load(chunks_ptr + i), HV, FACTORS)
-    tl.store(out_ptr + i, found)
+    chunks = tl.load(chunks_ptr + i)
+    tl.store(out_ptr + i, chunk_segments.remembered(factor_ptr, first, chunks, tl.arange(0, ASKED), HV, F))
 
 
-def test_the_last_chunks_that_forget_what_came_before():
+def last_that_forget(totals):
+    """How many of the last of these chunks, counted in Python."""
+    sums = totals.flip(0).cumsum(0).tolist()
+    return next((i + 1 for i, total in enumerate(sums) if total <= -32), 0)
+
+
+def factors_of(totals):
+    """Only a chunk's last gate is there."""
+    factors = torch.full((*totals.shape, 4, 64), torch.nan)
+    factors[:, :, 0, 63] = totals
+    return factors
+
+
+@pytest.mark.parametrize("asked", [1, 8, 64])
+def test_the_last_chunks_that_forget_what_came_before(asked):
     """Against a count in Python; nothing past a chunk's last gate is read, and no chunk of another head or segment."""
-    HV, FACTORS, places = 3, 4, 40
+    HV, places = 3, 40
     random = torch.Generator().manual_seed(4)
     totals = -torch.randint(0, 12, (places, HV), generator=random).float()
     totals[20:30, 1] = 0
     totals[35, 2] = torch.nan
-    factors = torch.full((places, HV, FACTORS, 64), torch.nan)
-    factors[:, :, 0, 63] = totals
     cases = [(place, hv, chunks) for hv in range(HV) for place in range(0, 31, 3) for chunks in (0, 1, 7, 8, 9, 10)]
     first = torch.tensor([place * HV + hv for place, hv, _ in cases])
     out = torch.full((len(cases),), -7, dtype=torch.int32)
     chunks = torch.tensor([case[2] for case in cases], dtype=torch.int32)
-    remembered_kernel[(len(cases),)](out, factors, first, chunks, HV, FACTORS)
+    remembered_kernel[(len(cases),)](out, factors_of(totals), first, chunks, asked, HV, 4)
     for (place, hv, count), found in zip(cases, out.tolist(), strict=True):
-        sums = totals[place : place + count, hv].flip(0).cumsum(0).tolist()
-        assert found == next((i + 1 for i, total in enumerate(sums) if total <= -32), 0), (place, hv, count)
+        assert found == last_that_forget(totals[place : place + count, hv]), (place, hv, count)
     assert len(set(out.tolist())) > 4
+
+
+@triton.jit
+def walk_kernel(out_ptr, factor_ptr, first, per_segment, chunks, HV: tl.constexpr, F: tl.constexpr):
+    """A program a segment; a row of four numbers each."""
+    segment = tl.program_id(0)
+    segments = tl.num_programs(0)
+    begin, first_chunk, walked, ahead = chunk_segments.walk(
+        factor_ptr, first.to(tl.int64), segment, segments, per_segment, chunks, tl.arange(0, 8), HV, F
+    )
+    tl.store(out_ptr + segment * 4, begin)
+    tl.store(out_ptr + segment * 4 + 1, first_chunk)
+    tl.store(out_ptr + segment * 4 + 2, walked)
+    tl.store(out_ptr + segment * 4 + 3, ahead)
+
+
+@pytest.mark.parametrize("per_segment", [3, 5, 12])
+@pytest.mark.parametrize("hv", range(4))
+def test_a_run_that_does_not_forget_is_walked_by_the_last_segment_after_it(hv, per_segment):
+    """Every chunk is the own chunk of one walk, whose chunks ahead are those that the state before is forgotten in."""
+    HV, place, chunks = 4, 2, 44
+    totals = -torch.randint(0, 12, (place + chunks + 3, HV), generator=torch.Generator().manual_seed(6)).float()
+    totals[place : place + 20, 1] = 0
+    totals[:, 0] *= 4
+    totals[place + 15 :, 2] = 0
+    totals[:, 3] = 0
+    own = totals[place : place + chunks, hv].split(per_segment)
+    out = torch.full((len(own), 4), -7, dtype=torch.int32)
+    walk_kernel[(len(own),)](out, factors_of(totals), place * HV + hv, per_segment, chunks, HV, 4)
+    begin = 0
+    for segment, (at, first_chunk, walked, ahead) in enumerate(out.tolist()):
+        ends = (segment + 1) * per_segment
+        if ends < chunks and not last_that_forget(own[segment]):
+            assert walked == 0, segment
+            continue
+        wanted = last_that_forget(own[begin - 1]) if begin else 0
+        assert (at, ahead, first_chunk) == (begin, wanted, begin * per_segment - wanted), segment
+        assert first_chunk + walked == min(ends, chunks), segment
+        begin = segment + 1
+    assert begin == len(own)
+    runs = int((out[:, 2] > 0).sum())
+    assert runs == 1 if hv == 3 else runs < len(own) if hv else runs > 1
 
 
 def test_without_an_initial_state():

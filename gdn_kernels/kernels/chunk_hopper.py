@@ -61,6 +61,7 @@ cut = gluon.jit(chunk_segments.cut.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 first_place = gluon.jit(chunk_segments.first_place.fn)
 remembered = gluon.jit(chunk_segments.remembered.fn)
+walk = gluon.jit(chunk_segments.walk.fn)
 
 
 @gluon.jit
@@ -199,15 +200,17 @@ def work_of(
     # of the sequence's first chunk, in scratch
     place = place * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
+    # chunks whose decay is asked for at once
+    asked = gl.arange(0, 64, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
     wait_for_predecessors()
     if IS_MAP:
-        found = remembered(factor_ptr, place + first_chunk * HV, chunks, HV, FACTORS)
+        found = remembered(factor_ptr, place + first_chunk * HV, chunks, asked, HV, FACTORS)
         if found > 0:
             # nothing of the identity is left; of use only to a next segment that has a map
             needed = segment + 2 < segments
             if needed:
                 after = place + (first_chunk + per_segment) * HV
-                needed = remembered(factor_ptr, after, per_segment, HV, FACTORS) == 0
+                needed = remembered(factor_ptr, after, per_segment, asked, HV, FACTORS) == 0
             keep = needed & (first_row < V)
             first_chunk += chunks - found
             chunks = found
@@ -218,27 +221,15 @@ def work_of(
     else:
         if SEGMENTS.max_segments > 1:
             later = later & exists
-            if later:
-                before = place + (first_chunk - per_segment) * HV
-                ahead = remembered(factor_ptr, before, per_segment, HV, FACTORS)
-            joined = later & (ahead == 0)
             if exists & (segments > 1) & (length < SEGMENTS.map_tokens):
-                if joined:
-                    # walked with the segment before it
-                    is_last = is_last & (ahead > 0)
-                    chunks = chunks * 0
-                else:
-                    last = segment
-                    ends = is_last
-                    while not ends:
-                        after = place + last * per_segment * HV
-                        ends = remembered(factor_ptr, after, per_segment, HV, FACTORS) > 0
-                        if not ends:
-                            last += 1
-                            ends = last == segments - 1
-                    is_last = last == segments - 1
-                    chunks = gl.minimum((last + 1) * per_segment, (length + C - 1) // C) - first_chunk
-            if chunks > 0:
+                begin, first_chunk, chunks, ahead = walk(
+                    factor_ptr, place, segment, segments, per_segment, (length + C - 1) // C, asked, HV, FACTORS
+                )
+                later = (begin > 0) | (chunks == 0)
+            elif later:
+                before = place + (first_chunk - per_segment) * HV
+                ahead = remembered(factor_ptr, before, per_segment, asked, HV, FACTORS)
+                joined = ahead == 0
                 first_chunk -= ahead
                 chunks += ahead
         # the start of a first segment of several is read from a copy: the slot may be written meanwhile

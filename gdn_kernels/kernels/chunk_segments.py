@@ -12,7 +12,7 @@ Most heads forget: where a segment's last chunks alone decay a state to 2^-32, i
 zero state, whatever came before. The next segment then walks them itself, before its own, and needs no map. Only where
 it is followed by one that does not forget does the map pass walk them too, for the joining to start from. A sequence of
 less than MAP tokens has no maps at all, for one costs more there than it saves: where a head does not forget, two
-segments are walked as one.
+segments are walked as one, by the later one's program.
 
 Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
 changes none of its bits. Programs have places, without a plan from the host: place n < N is the last segment of
@@ -37,8 +37,6 @@ from gdn_kernels.kernels.recurrent import slots, span
 C = tl.constexpr(64)
 # log2 of the decay of what counts as forgotten: fp32 rounds off 256 times more
 FORGOTTEN = tl.constexpr(-32.0)
-# Chunks whose decay is asked for at once.
-AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -141,23 +139,51 @@ def segment_of(
 
 
 @triton.jit
-def remembered(factor_ptr, first, chunks, HV: tl.constexpr, FACTORS: tl.constexpr):
+def remembered(factor_ptr, first, chunks, asked, HV: tl.constexpr, FACTORS: tl.constexpr):
     """How many of the last of ``chunks`` chunks decay a state to what counts as forgotten; 0 if they all do not.
 
     ``first``, an int64, numbers the first chunk and its head in ``factor_ptr`` [places, HV, FACTORS, C], whose first
-    row is the gates summed within the chunk, in log2. Only scalars, for Gluon too.
+    row is the gates summed within the chunk, in log2. ``asked`` counts from 0 to the chunks that are asked for at once.
     """
     total = 0.0
     walked = chunks * 0
     found = chunks * 0
     while (found == 0) & (walked < chunks):
-        for _ in tl.static_range(AT_ONCE):
-            left = chunks - 1 - walked
-            last = factor_ptr + (first + left * HV) * (FACTORS * C) + (C - 1)
-            total += tl.load(last, mask=left >= 0, other=0.0)
-            walked += 1
-            found = tl.where((found == 0) & (total <= FORGOTTEN), walked, found)
+        walked_then = walked + asked
+        left = chunks - 1 - walked_then
+        last = factor_ptr + (first + left * HV) * (FACTORS * C) + (C - 1)
+        gates = tl.load(last, mask=left >= 0, other=0.0)
+        forgotten = total + tl.cumsum(gates, 0) <= FORGOTTEN
+        found = tl.min(tl.where(forgotten, walked_then + 1, chunks + 1), 0)
+        found = tl.where(found > chunks, 0, found)
+        total += tl.sum(gates, 0)
+        walked += asked.shape[0]
     return found
+
+
+@triton.jit
+def walk(factor_ptr, first, segment, segments, per_segment, chunks, asked, HV: tl.constexpr, FACTORS: tl.constexpr):
+    """What the program of ``segment`` walks of a sequence of ``chunks`` without maps: a run of segments that do not
+    forget is walked by the last one after it, whose item starts early if it is the sequence's last.
+
+    Returns the segment that the walk begins with, its first chunk, how many, and how many of them come before that
+    segment. ``first``, of the sequence, and ``asked`` as for
+    :func:`remembered`.
+    """
+    begin = segment
+    ahead = segment * 0
+    walks = segment == segments - 1
+    if not walks:
+        walks = remembered(factor_ptr, first + segment * per_segment * HV, per_segment, asked, HV, FACTORS) > 0
+    searches = walks & (begin > 0)
+    while searches:
+        ahead = remembered(factor_ptr, first + (begin - 1) * per_segment * HV, per_segment, asked, HV, FACTORS)
+        if ahead == 0:
+            begin -= 1
+        searches = (ahead == 0) & (begin > 0)
+    first_chunk = begin * per_segment - ahead
+    last = tl.minimum((segment + 1) * per_segment, chunks)
+    return begin, first_chunk, tl.where(walks, last - first_chunk, 0), ahead
 
 
 @triton.jit(do_not_specialize=["N", "T", "num_slots", "pad_slot_id"])
