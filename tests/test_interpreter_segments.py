@@ -58,10 +58,10 @@ def table_kernel(
     SEGMENTS: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    n, segment, segments, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
-        cu_seqlens_ptr, place, N, T, SEGMENTS, SEGMENTS.long_tokens
+    n, segment, segments, per_segment, first_chunk, chunks, batch, start, length = chunk_segments.segment_of(
+        cu_seqlens_ptr, place, tl.arange(0, 8), N, T, SEGMENTS, SEGMENTS.long_tokens
     )
-    row = out_ptr + place * 8
+    row = out_ptr + place * 9
     tl.store(row, n)
     tl.store(row + 1, segment)
     tl.store(row + 2, segments)
@@ -70,12 +70,13 @@ def table_kernel(
     tl.store(row + 5, batch)
     tl.store(row + 6, start)
     tl.store(row + 7, length)
+    tl.store(row + 8, per_segment)
 
 
 def table(cu_seqlens, count, tokens, config, extra=0):
     """What ``segment_of`` says of every place, and of ``extra`` more."""
     places = count + num_maps(count, tokens, cu_seqlens, config) + extra
-    out = torch.full((places, 8), -7, dtype=torch.int64)
+    out = torch.full((places, 9), -7, dtype=torch.int64)
     table_kernel[(places,)](out, cu_seqlens, count, tokens, SEGMENTS=config)
     return out
 
@@ -86,7 +87,8 @@ def check_table(found, lengths, config, cu_seqlens=None):
     for n, length in enumerate(lengths):
         parts = cut(length, config)
         batch, start = (n, 0) if cu_seqlens is None else (0, int(cu_seqlens[n]))
-        rows = [[n, j, len(parts), *part, batch, start, length] for j, part in enumerate(parts)]
+        per_segment = max(1, parts[0][1])
+        rows = [[n, j, len(parts), *part, batch, start, length, per_segment] for j, part in enumerate(parts)]
         wanted[n] = rows.pop()
         number = n * len(rows) if cu_seqlens is None else start // tokens_a_place(config)
         for j, row in enumerate(rows):

@@ -57,7 +57,6 @@ _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
-cut = gluon.jit(chunk_segments.cut.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 first_place = gluon.jit(chunk_segments.first_place.fn)
 remembered = gluon.jit(chunk_segments.remembered.fn)
@@ -93,6 +92,14 @@ def store_rows(tiles, end, length, row, column, source):
 
 
 @gluon.jit
+def lengths_from(cu_seqlens_ptr, first, N):
+    """Numbers of 128 sequences from ``first`` on, and their lengths; 0 from N on."""
+    n = first + gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    start = gl.load(cu_seqlens_ptr + n, mask=n < N, other=0)
+    return n, gl.load(cu_seqlens_ptr + n + 1, mask=n < N, other=0) - start
+
+
+@gluon.jit
 def items_with_work(
     items, batch, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr,
@@ -101,7 +108,6 @@ def items_with_work(
     AT_LEAST: gl.constexpr = SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
     cu_seqlens_ptr, N = batch[0], batch[8]
     if SEGMENTS.max_segments > 1 and cu_seqlens_ptr is not None:
-        number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
         longest = items * 0
         asked = N
         if not IS_MAP:
@@ -110,9 +116,7 @@ def items_with_work(
                 longest += AT_LEAST
                 asked = N * 0
         for i in range(0, asked, 128):
-            starts = cu_seqlens_ptr + i + number
-            start = gl.load(starts, mask=i + number < N, other=0)
-            lengths = gl.load(starts + 1, mask=i + number < N, other=0) - start
+            _, lengths = lengths_from(cu_seqlens_ptr, i, N)
             longest = gl.maximum(longest, gl.max(lengths, 0).to(gl.int32))
         if longest < AT_LEAST:
             items = items * 0 if IS_MAP else N * (HV * (V // (PARTS * C)))
@@ -162,6 +166,8 @@ def work_of(
     cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr, order_ptr = batch[:8]
     N, T, num_slots, pad_slot_id = batch[8:12]
     BLOCKS: gl.constexpr = (V + K if IS_MAP else V) // (PARTS * C)
+    # sequences whose offsets, or chunks whose decay, are asked for at once
+    asked = gl.arange(0, 64, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
     first_row = (item % BLOCKS) * (PARTS * C)
     hv = (item // BLOCKS) % HV
     n = (item // (BLOCKS * HV)).to(gl.int64)
@@ -182,10 +188,9 @@ def work_of(
     segment = item * 0
     segments = item * 0
     if SEGMENTS.max_segments > 1:
-        n, segment, segments, first_chunk, chunks, row, start, length = segment_of(
-            cu_seqlens_ptr, n, N, T, SEGMENTS, SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
+        n, segment, segments, per_segment, first_chunk, chunks, row, start, length = segment_of(
+            cu_seqlens_ptr, n, asked, N, T, SEGMENTS, SEGMENTS.map_tokens if IS_MAP else SEGMENTS.long_tokens
         )
-        _, per_segment = cut(length, SEGMENTS)
         exists = segment < segments
         is_last = segment == segments - 1
         later = segment > 0
@@ -200,8 +205,6 @@ def work_of(
     # of the sequence's first chunk, in scratch
     place = place * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
-    # chunks whose decay is asked for at once
-    asked = gl.arange(0, 64, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
     wait_for_predecessors()
     if IS_MAP:
         found = remembered(factor_ptr, place + first_chunk * HV, chunks, asked, HV, FACTORS)
@@ -307,6 +310,24 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
 
 
 @gluon.jit
+def opaque(x):
+    """x, of 32 bits; what is made of it is made again for each use, where it would be kept, and spilled."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def decay_between(factors, layout: gl.constexpr):
+    """Decay from each token of a chunk (columns) to each token from it on (rows), 0 to those before it."""
+    # compared anew for each chunk: bits that are kept would be packed, and unpacked one by one
+    row = opaque(gl.arange(0, C, gl.SliceLayout(1, layout)))
+    column = gl.arange(0, C, gl.SliceLayout(0, layout))
+    gates_i = factors.slice(0, C).load(gl.SliceLayout(1, layout))
+    gates_j = factors.slice(0, C).load(gl.SliceLayout(0, layout))
+    exponents = gates_i[:, None] - gates_j[None, :]
+    return gl.exp2(gl.where(row[:, None] >= column[None, :], exponents, float("-inf")))
+
+
+@gluon.jit
 def auxiliary(
     tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
@@ -317,9 +338,7 @@ def auxiliary(
     q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    columns: gl.constexpr = gl.SliceLayout(0, layout)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, False)
@@ -341,12 +360,10 @@ def auxiliary(
                         q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
                     )
                     factors = factor_s.index(stage)
-                    gates_i = factors.slice(0, C).load(rows)
-                    gates_j = factors.slice(0, C).load(columns)
                     last = gl.max(factors.slice(C - 1, 1).load(line), 0)
                     gates = factors.slice(0, C).load(line)
                     decay_s.index(stage).store(gl.exp2(last - gates))
-                    decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0))
+                    decay = decay_between(factors, layout)
                     if FACTORS > 2:
                         scale_s.index(stage).store(gl.exp2(gates) * factors.slice(2 * C, C).load(line))
                         decay *= factors.slice(2 * C, C).load(rows)[:, None]
@@ -354,8 +371,7 @@ def auxiliary(
                         scale_s.index(stage).store(gl.exp2(gates) * scale)
                         decay *= scale
                     p = warpgroup_mma_wait(0, [p])
-                    p = p * decay
-                    p_s.index(stage).store(gl.where(lower, p, 0.0).to(p_s.dtype))
+                    p_s.index(stage).store((p * decay).to(p_s.dtype))
                     fence_async_shared()
                     mbarrier.arrive(p_ready.index(stage))
                     mbarrier.arrive(free.index(stage))
@@ -384,9 +400,7 @@ def output(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    columns: gl.constexpr = gl.SliceLayout(0, layout)
     dtype: gl.constexpr = k_s.dtype
-    lower = gl.arange(0, C, rows)[:, None] >= gl.arange(0, C, columns)[None, :]
     zeros = gl.zeros([C, C], gl.float32, layout)
     mine_formed = S_formed.index(WHICH)
     mine_taken = S_taken.index(WHICH)
@@ -409,10 +423,8 @@ def output(
                 q = q_s.index(stage).load(operand)
                 p = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
                 factors = factor_s.index(stage)
-                gates_i = factors.slice(0, C).load(rows)
-                gates_j = factors.slice(0, C).load(columns)
-                decay = gl.exp2(gl.minimum(gates_i[:, None] - gates_j[None, :], 0.0))
-                factor_q = gl.exp2(gates_i)
+                decay = decay_between(factors, layout)
+                factor_q = gl.exp2(factors.slice(0, C).load(rows))
                 if FACTORS > 2:
                     scale_i = factors.slice(2 * C, C).load(rows)
                     factor_q *= scale_i
@@ -421,7 +433,7 @@ def output(
                     factor_q *= scale
                     decay *= scale
                 p = warpgroup_mma_wait(0, [p])
-                p = gl.convert_layout(gl.where(lower, p * decay, 0.0).to(dtype), operand)
+                p = gl.convert_layout((p * decay).to(dtype), operand)
                 mbarrier.wait(mine_formed, phase)
                 o = warpgroup_mma(q, S_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 o = warpgroup_mma_wait(0, [o]) * factor_q[:, None]

@@ -2,9 +2,9 @@
 
 Its formulas, of one warp a chunk on 16x16 blocks; what differs is where things lie. Such a warp is a chain of small
 products, which only other warps and other blocks hide. So the blocks of k k^T are in shared memory, as operands of
-twice the precision of one, and 12 warps fit an SM where 8 did; diagonal blocks are inverted in pairs, and those beside
-them by diagonals. Only Y is formed, not its transpose T: movmatrix turns a block of 16 bits in registers. k arrives and
-Y leaves by TMA.
+twice the precision of one, and 12 warps fit an SM where 8 did. Diagonal blocks are inverted in pairs, each pair is made
+a half of 32 rows, and the halves are made the whole. Only Y is formed, not its transpose T: movmatrix turns a block of
+16 bits in registers. k arrives and Y leaves by TMA.
 
 Y, upper triangular, is stored without its quarter of zeros: its upper 32 rows, then the right half of its lower ones.
 """
@@ -26,7 +26,7 @@ STEP = gl.constexpr(64)
 Q_STEP = gl.constexpr(32)
 PACKED = chunk_hopper.PACKED
 # Programs that run at once: 12 an SM.
-AT_ONCE = 12 * launch.HOPPER_SMS
+AT_ONCE = gl.constexpr(12 * launch.HOPPER_SMS)
 LOG2E = gl.constexpr(chunk_prep.LOG2E.value)
 MIN_LOG2_GATE = gl.constexpr(chunk_prep.MIN_LOG2_GATE.value)
 L2NORM_EPS = gl.constexpr(recurrent.L2NORM_EPS.value)
@@ -39,10 +39,10 @@ COLUMNS = gl.constexpr(gl.SliceLayout(0, RESULT.value))
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 # of q, 8 columns a thread
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
-ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
 
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
+opaque = chunk_hopper.opaque
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 slots = gluon.jit(recurrent.slots.fn)
@@ -100,16 +100,42 @@ def minus_masked(x, mask):
 
 
 @gluon.jit
-def opaque(x):
-    """x, of 32 bits; what is made of it is made again for each use, where it would be kept, and spilled."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+def operand(x):
+    """x of fp32 as operand."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def rest(x, high):
+    """x less ``high``, its operand, as one more."""
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 a, b;
+        .reg .f32 c, d;
+        mov.b32 {a, b}, $3;
+        cvt.f32.f16 c, a;
+        cvt.f32.f16 d, b;
+        sub.f32 c, $1, c;
+        sub.f32 d, $2, d;
+        cvt.rn.f16x2.f32 $0, d, c;
+        }
+        """,
+        "=r,f,f,r",
+        [x, high],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit
 def split(x):
     """x as a sum of two operands: twice the bits of one."""
-    high = x.to(gl.float16)
-    return high, (x - high.to(gl.float32)).to(gl.float16)
+    high = operand(x)
+    return high, rest(x, high)
 
 
 @gluon.jit
@@ -142,25 +168,23 @@ def inverse_blocks(A0, b0, c0, A1, b1, c1, masks):
     L1_high, L1_low = split(gl.where(row > column, A1 * b1[:, None], 0.0))
     Y0 = eye - gl.where(pairs, A0 * c0[None, :], 0.0)
     Y1 = eye - gl.where(pairs, A1 * c1[None, :], 0.0)
-    Y0_high = Y0.to(gl.float16)
-    Y1_high = Y1.to(gl.float16)
+    Y0_high = operand(Y0)
+    Y1_high = operand(Y1)
     Y0_right = right(turned(Y0_high))
     Y1_right = right(turned(Y1_high))
     for level in gl.static_range(3):
         W0 = mma_v2(left(Y0_high), right(minus_masked(L0_high, masks[level])), zeros)
         W1 = mma_v2(left(Y1_high), right(minus_masked(L1_high, masks[level])), zeros)
-        Y0 = mma_v2(left(W0.to(gl.float16)), Y0_right, Y0)
-        Y1 = mma_v2(left(W1.to(gl.float16)), Y1_right, Y1)
-        Y0_high = Y0.to(gl.float16)
-        Y1_high = Y1.to(gl.float16)
+        Y0 = mma_v2(left(operand(W0)), Y0_right, Y0)
+        Y1 = mma_v2(left(operand(W1)), Y1_right, Y1)
+        Y0_high = operand(Y0)
+        Y1_high = operand(Y1)
         Y0_right = right(turned(Y0_high))
         Y1_right = right(turned(Y1_high))
-    Y0_low = (Y0 - Y0_high.to(gl.float32)).to(gl.float16)
-    Y1_low = (Y1 - Y1_high.to(gl.float32)).to(gl.float16)
-    R0 = add_whole_product(Y0 - eye, Y0_high, Y0_low, right(L0_high), right(L0_low))
-    R1 = add_whole_product(Y1 - eye, Y1_high, Y1_low, right(L1_high), right(L1_low))
-    Y0 = mma_v2(left((-R0).to(gl.float16)), Y0_right, Y0)
-    Y1 = mma_v2(left((-R1).to(gl.float16)), Y1_right, Y1)
+    R0 = add_whole_product(Y0 - eye, Y0_high, rest(Y0, Y0_high), right(L0_high), right(L0_low))
+    R1 = add_whole_product(Y1 - eye, Y1_high, rest(Y1, Y1_high), right(L1_high), right(L1_low))
+    Y0 = mma_v2(left(operand(-R0)), Y0_right, Y0)
+    Y1 = mma_v2(left(operand(-R1)), Y1_right, Y1)
     return Y0, Y1
 
 
@@ -176,37 +200,33 @@ def factor(tile, i: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def first_of(tile, i: gl.constexpr):
-    return gl.max(tile.slice(i * B, 1).load(ROWS), 0)
-
-
-@gluon.jit
 def decayed(i: gl.constexpr, Y, b, gates_s, norm_s, HAS_NORM: gl.constexpr):
     """Block (i, i) of Y with beta, the norms of k and decay."""
     # no exponent is positive on or above the diagonal
     exponents = factor(gates_s, i, COLUMNS)[None, :] - factor(gates_s, i, ROWS)[:, None]
-    y = Y * (b[:, None] * gl.exp2(gl.minimum(exponents, 0.0)))
+    y = Y * (b[:, None] * gl.exp2(-gl.abs(exponents)))
     if HAS_NORM:
         y *= factor(norm_s, i, COLUMNS)[None, :]
     return y
 
 
 @gluon.jit
-def decayed_from(i: gl.constexpr, j: gl.constexpr, Y, b, gates_s, norm_s, HAS_NORM: gl.constexpr):
-    """Block (i, j) of a later block's columns: decay from a row to that block's first token, then on."""
-    first = first_of(gates_s, j)
-    left_factor = b * gl.exp2(first - factor(gates_s, i, ROWS))
-    right_factor = gl.exp2(factor(gates_s, j, COLUMNS) - first)
-    if HAS_NORM:
-        right_factor *= factor(norm_s, j, COLUMNS)
-    return Y * (left_factor[:, None] * right_factor[None, :])
+def decayed_from(i: gl.constexpr, j: gl.constexpr, Y, across, down_s, up_s):
+    """Block (i, j) of a later block's columns: decay from a row to the next block's first token, ``across`` from there
+    to that of this block, then on."""
+    return Y * ((factor(down_s, i, ROWS) * across)[:, None] * factor(up_s, j, COLUMNS)[None, :])
 
 
 @gluon.jit
 def last_product(sums, minus_b, Y_high, Y_low):
-    """-sums diag(b) Y of a diagonal block Y."""
+    """-sums diag(b) Y, Y a sum of two right operands."""
     zeros = gl.zeros([B, B], gl.float32, RESULT)
-    return add_product(zeros, (sums * minus_b[None, :]).to(gl.float16), Y_high, Y_low)
+    return add_product(zeros, operand(sums * minus_b[None, :]), Y_high, Y_low)
+
+
+@gluon.jit
+def first_of(tile, i: gl.constexpr):
+    return gl.max(tile.slice(i * B, 1).load(ROWS), 0)
 
 
 @gluon.jit
@@ -232,29 +252,22 @@ def store_operand(a_s, which: gl.constexpr, A):
 @gluon.jit
 def write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V: gl.constexpr):
     """Zeros in what lies past the token ``end`` of 64 rows of the output of ``heads`` heads."""
-    if (place + 1) * C > end:
-        rows = gl.arange(0, B, gl.SliceLayout(1, ZEROS))
-        columns = gl.arange(0, V, gl.SliceLayout(0, ZEROS))
-        zeros = gl.zeros([B, V], o_ptr.dtype.element_ty, ZEROS)
-        for t0 in range(0, C, B):
-            t = (place * C + t0 + rows)[:, None]
-            o_ptrs = o_ptr + t * stride_o_t + hv0 * stride_o_h + columns[None, :]
-            for each in range(heads):
-                gl.store(o_ptrs + each * stride_o_h, zeros, mask=(t >= end) & (t < T))
+    first = gl.maximum(place * C, end)
+    last = gl.minimum((place + 1) * C, T)
+    if first < last:
+        for each in range(heads):
+            chunk_hopper.write_zeros(o_ptr, first, last, hv0 + each, 0, stride_o_t, stride_o_h, V // C)
 
 
 @gluon.jit
 def write_rank(order_ptr, cu_seqlens_ptr, n, N):
     """Sequence ``n`` to its place among all, longest first."""
-    number = gl.arange(0, 128, gl.BlockedLayout([4], [32], [1], [0]))
     length = gl.load(cu_seqlens_ptr + n + 1) - gl.load(cu_seqlens_ptr + n)
     rank = n * 0
     for i in range(0, N, 128):
-        exists = i + number < N
-        starts = cu_seqlens_ptr + i + number
-        others = gl.load(starts + 1, mask=exists, other=0) - gl.load(starts, mask=exists, other=0)
-        before = (others > length) | ((others == length) & (i + number < n))
-        rank += gl.sum((exists & before).to(gl.int32), 0)
+        numbers, lengths = chunk_hopper.lengths_from(cu_seqlens_ptr, i, N)
+        before = (lengths > length) | ((lengths == length) & (numbers < n))
+        rank += gl.sum(before.to(gl.int32), 0)
     gl.store(order_ptr + rank, n.to(order_ptr.dtype.element_ty))
 
 
@@ -328,7 +341,11 @@ def hopper_inverse_kernel(
     order of the scan."""
     pid = gl.program_id(0)
     hv0 = pid % (HV // heads) * heads
-    place = (pid // (HV // heads)).to(gl.int64)
+    place = pid // (HV // heads)
+    if gl.num_programs(0) > AT_ONCE:
+        # backwards: what the scan begins with is written last, and still in the L2
+        place = gl.num_programs(0) // (HV // heads) - 1 - place
+    place = place.to(gl.int64)
     h = hv0 // (HV // H)
     wait_for_inputs(PDL)
 
@@ -339,13 +356,16 @@ def hopper_inverse_kernel(
             write_zeros(o_ptr, place, hv0, heads, end, T, stride_o_t, stride_o_h, V)
     if N == 0:
         return
-    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, gl.arange(0, 64, TOKENS), N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         left_over = length - chunk * C
         gates_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         beta_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         norm_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        # decay from a token to the next block's first, with beta, and from a block's first token, with the norms of k
+        down_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        up_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         # its place is that of A and Y later on
         k_s = gl.allocate_shared_memory(
             k_tiles.dtype, [K // STEP, C, STEP], gl.NVMMASharedLayout.get_default_for([C, STEP], k_tiles.dtype)
@@ -477,13 +497,37 @@ def hopper_inverse_kernel(
             more = (again < left_over) & (each + 1 < heads)
             g = gl.load(g_row + (each + 1) + again * stride_g_t, mask=more, other=0.0)
             beta = gl.load(beta_row + (each + 1) + again * stride_beta_t, mask=more, other=0.0)
+            first_1 = first_of(gates_s, 1)
+            first_2 = first_of(gates_s, 2)
+            first_3 = first_of(gates_s, 3)
+            next_first = gl.where(token < B, first_1, gl.where(token < 2 * B, first_2, first_3))
+            own_first = gl.where(token < 2 * B, first_1, gl.where(token < 3 * B, first_2, first_3))
+            down_s.store(b * gl.exp2(gl.minimum(next_first - gates, 0.0)))
+            up_s.store(gl.exp2(gl.minimum(gates - own_first, 0.0)) * norm_k)
 
-            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y. First
+            # what lies between two blocks, then, of that, what lies between the halves
             b3 = factor(beta_s, 3, ROWS)
             b2 = factor(beta_s, 2, ROWS)
             c3 = factor(beta_s, 3, COLUMNS)
             c2 = factor(beta_s, 2, COLUMNS)
             Y33, Y22 = inverse_blocks(d_s.index(3).load(RESULT), b3, c3, d_s.index(2).load(RESULT), b2, c2, masks)
+            A32_high, A32_low = load_operand(a_s, 5)
+            Y33_high, Y33_low = split(Y33)
+            Y22_high, Y22_low = split(Y22)
+            R3_high, R3_low = right_pair(Y33_high, Y33_low)
+            R2_high, R2_low = right_pair(Y22_high, Y22_low)
+            sums = add_whole_product(zeros, Y22_high, Y22_low, A32_high, A32_low)
+            Y23 = last_product(sums, -c3, R3_high, R3_low)
+            y33 = decayed(3, Y33, b3, gates_s, norm_s, USE_QK_L2NORM)
+            y22 = decayed(2, Y22, b2, gates_s, norm_s, USE_QK_L2NORM)
+            y23 = decayed_from(2, 3, Y23, 1.0, down_s, up_s)
+            # what was written for the head before has been read
+            tma.store_wait(0)
+            dtype: gl.constexpr = upper_s.dtype
+            lower_s.slice(B, B).store(side_by_side(zeros, y33).to(dtype))
+            lower_s.slice(0, B).store(side_by_side(y22, y23).to(dtype))
+
             b1 = factor(beta_s, 1, ROWS)
             b0 = factor(beta_s, 0, ROWS)
             c1 = factor(beta_s, 1, COLUMNS)
@@ -491,39 +535,21 @@ def hopper_inverse_kernel(
             Y11, Y00 = inverse_blocks(d_s.index(1).load(RESULT), b1, c1, d_s.index(0).load(RESULT), b0, c0, masks)
             next_head = gl.minimum(hv0 + each + 1, HV - 1)
             gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, next_head, beta_scale, IS_RAW_GATE)
-            c1 = -c1
-            c2 = -c2
-            c3 = -c3
-            Y33_high, Y33_low = split(Y33)
-            Y22_high, Y22_low = split(Y22)
             Y11_high, Y11_low = split(Y11)
             Y00_high, Y00_low = split(Y00)
-            R3_high, R3_low = right_pair(Y33_high, Y33_low)
-            R2_high, R2_low = right_pair(Y22_high, Y22_low)
             R1_high, R1_low = right_pair(Y11_high, Y11_low)
-            y33 = decayed(3, Y33, b3, gates_s, norm_s, USE_QK_L2NORM)
-            y22 = decayed(2, Y22, b2, gates_s, norm_s, USE_QK_L2NORM)
+            A10_high, A10_low = load_operand(a_s, 0)
+            A21_high, A21_low = load_operand(a_s, 2)
+            c2 = -factor(beta_s, 2, COLUMNS)
+            c3 = -factor(beta_s, 3, COLUMNS)
+            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)
+            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A21_high, A21_low)
+            Y01 = last_product(sums_0, -c1, R1_high, R1_low)
+            Y12 = last_product(sums_1, c2, R2_high, R2_low)
             y11 = decayed(1, Y11, b1, gates_s, norm_s, USE_QK_L2NORM)
             y00 = decayed(0, Y00, b0, gates_s, norm_s, USE_QK_L2NORM)
-            # what was written for the head before has been read
-            tma.store_wait(0)
-            dtype: gl.constexpr = upper_s.dtype
-            lower_s.slice(B, B).store(side_by_side(zeros, y33).to(dtype))
             y11 = side_by_side(zeros, y11).to(dtype)
-
-            A32_high, A32_low = load_operand(a_s, 5)
-            A21_high, A21_low = load_operand(a_s, 2)
-            A10_high, A10_low = load_operand(a_s, 0)
-            sums_2 = add_whole_product(zeros, Y22_high, Y22_low, A32_high, A32_low)
-            sums_1 = add_whole_product(zeros, Y11_high, Y11_low, A21_high, A21_low)
-            sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)
-            Y23 = last_product(sums_2, c3, R3_high, R3_low)
-            Y12 = last_product(sums_1, c2, R2_high, R2_low)
-            Y01 = last_product(sums_0, c1, R1_high, R1_low)
-            y23 = decayed_from(2, 3, Y23, b2, gates_s, norm_s, USE_QK_L2NORM)
-            lower_s.slice(0, B).store(side_by_side(y22, y23).to(dtype))
-            y00 = side_by_side(y00, decayed_from(0, 1, Y01, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
-            y12 = decayed_from(1, 2, Y12, b1, gates_s, norm_s, USE_QK_L2NORM)
+            y00 = side_by_side(y00, decayed_from(0, 1, Y01, 1.0, down_s, up_s)).to(dtype)
 
             A31_high, A31_low = load_operand(a_s, 4)
             A20_high, A20_low = load_operand(a_s, 1)
@@ -535,7 +561,8 @@ def hopper_inverse_kernel(
             sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A21_high, A21_low)
             Y13 = last_product(sums_1, c3, R3_high, R3_low)
             Y02 = last_product(sums_0, c2, R2_high, R2_low)
-            y12 = side_by_side(y12, decayed_from(1, 3, Y13, b1, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
+            y12 = decayed_from(1, 2, Y12, 1.0, down_s, up_s)
+            y12 = side_by_side(y12, decayed_from(1, 3, Y13, gl.exp2(first_3 - first_2), down_s, up_s)).to(dtype)
             upper_s.slice(B, B).store(side_by_side(y11, y12))
 
             A30_high, A30_low = load_operand(a_s, 3)
@@ -544,9 +571,9 @@ def hopper_inverse_kernel(
             sums_0 = add_whole_product(sums_0, Y01_high, Y01_low, A31_high, A31_low)
             sums_0 = add_whole_product(sums_0, Y02_high, Y02_low, A32_high, A32_low)
             Y03 = last_product(sums_0, c3, R3_high, R3_low)
-            y02 = decayed_from(0, 2, Y02, b0, gates_s, norm_s, USE_QK_L2NORM)
-            y02 = side_by_side(y02, decayed_from(0, 3, Y03, b0, gates_s, norm_s, USE_QK_L2NORM)).to(dtype)
-            upper_s.slice(0, B).store(side_by_side(y00, y02))
+            y02 = decayed_from(0, 2, Y02, gl.exp2(first_2 - first_1), down_s, up_s)
+            y03 = decayed_from(0, 3, Y03, gl.exp2(first_3 - first_1), down_s, up_s)
+            upper_s.slice(0, B).store(side_by_side(y00, side_by_side(y02, y03).to(dtype)))
             fence_async_shared()
             number = head.to(gl.int32)
             _store(upper_tiles, [number * (PACKED // C), 0], upper_s)
@@ -572,14 +599,18 @@ def hopper_inverse_kernel(
 
 
 def heads_of_a_program(chunk_heads, ratio):
-    """Value heads of a chunk a program, of ``ratio`` that share a key head: they share its products, but the fewer they
-    are, the more programs there are. No bits and no binary depend on it.
+    """Value heads of a chunk a program, of ``ratio`` that share a key head: they share its products and the wait for k,
+    but the fewer they are, the more programs hide each other's chains. No bits and no binary depend on it.
 
-    H100, 2026-11-26, us with 1, 2, 4: heads 8/32 1x512 7, 9, 13; 4/16 1x8192 22, 16, 16; 16/64 8x1024 70, 60, 65; 16/64
-    4x8192 237, 194, 192.
+    Best where all run at once, 4 to 10 an SM. H100, 2026-11-26, us with 1, 2, 4: heads 8/32 1x512 7.8, 9.1, 12.6;
+    1x2048 12.2, 11.3, 14.5; 1x8192 37, 34, 30; 4/16 1x8192 21, 17, 17; 16/64 8x1024 68, 58, 63; 4x8192 230, 188, 179.
     """
-    least = 1 if chunk_heads <= AT_ONCE else 2 if chunk_heads < 10 * AT_ONCE else 4
-    return next((each for each in range(least, ratio) if ratio % each == 0), ratio)
+    if chunk_heads < 8 * launch.HOPPER_SMS:
+        return 1
+    divisors = [each for each in range(1, ratio + 1) if ratio % each == 0]
+    at_once = (each for each in divisors if 1 < each <= 4 and chunk_heads <= 10 * launch.HOPPER_SMS * each)
+    least = 2 if chunk_heads < 10 * AT_ONCE.value else 4
+    return next(at_once, None) or next((each for each in divisors if each >= least), ratio)
 
 
 def prepare_inverse(

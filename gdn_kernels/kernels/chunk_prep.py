@@ -20,7 +20,7 @@ import triton.language as tl
 
 from gdn_kernels import launch
 from gdn_kernels.kernels._math import gate, inv_l2norm, sigmoid
-from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, span
+from gdn_kernels.kernels.recurrent import L2NORM_EPS, batch_stride, last_before, span
 
 CHUNK = 64
 C = tl.constexpr(CHUNK)
@@ -32,26 +32,16 @@ BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def chunk_of(cu_seqlens_ptr, place, N, T):
+def chunk_of(cu_seqlens_ptr, place, asked, N, T):
     """The sequence at scratch place ``place``, its batch row, which of its chunks that is, first token and length."""
+    chunks = (T + C - 1) // C
+    n = place // chunks
     if cu_seqlens_ptr is not None:
-        low = place * 0
-        high = low + N - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            _, first, _ = span(cu_seqlens_ptr, middle, T)
-            if first // C + middle <= place:
-                low = middle
-            else:
-                high = middle - 1
-        n = low
-        batch, start, length = span(cu_seqlens_ptr, n, T)
+        n = last_before(cu_seqlens_ptr, place, asked, N, T, C, 1)
+    batch, start, length = span(cu_seqlens_ptr, n, T)
+    chunk = place % chunks
+    if cu_seqlens_ptr is not None:
         chunk = place - (start // C + n)
-    else:
-        chunks = (T + C - 1) // C
-        n = place // chunks
-        batch, start, length = span(cu_seqlens_ptr, n, T)
-        chunk = place % chunks
     return n, batch, chunk, start, length
 
 
@@ -210,7 +200,7 @@ def inverse_kernel(
 
     if N == 0:
         return
-    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, tl.arange(0, 64), N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         left = length - chunk * C
@@ -421,7 +411,7 @@ def product_kernel(
     hv0 = pid % (HV // HEADS) * HEADS
     place = (pid // (HV // HEADS)).to(tl.int64)
     h = hv0 // (HV // H)
-    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, N, T)
+    n, batch, chunk, start, length = chunk_of(cu_seqlens_ptr, place, tl.arange(0, 64), N, T)
     if (chunk >= 0) & (chunk * C < length):
         first = start + chunk * C
         o64 = tl.arange(0, C)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from gdn_kernels import launch
-from gdn_kernels.kernels.recurrent import slots, span
+from gdn_kernels.kernels.recurrent import last_before, slots, span
 
 C = tl.constexpr(64)
 # log2 of the decay of what counts as forgotten: fp32 rounds off 256 times more
@@ -44,12 +44,17 @@ def cut(length, SEGMENTS: tl.constexpr):
     """How many segments a sequence of ``length`` tokens has, and chunks in each but the last; none is empty, except
     that of an empty sequence."""
     chunks = (length + C - 1) // C
-    segments = tl.minimum(length // SEGMENTS.min_tokens, SEGMENTS.max_segments)
-    segments = tl.maximum(segments, tl.minimum(length // (2 * SEGMENTS.min_tokens), SEGMENTS.most_segments))
-    segments = tl.where(length >= SEGMENTS.long_tokens, tl.maximum(segments, 1), 1)
-    per_segment = tl.maximum((chunks + segments - 1) // segments, 1)
-    # rounding up may leave fewer: 5 chunks by 2 are 3 segments, not 4
-    return tl.maximum((chunks + per_segment - 1) // per_segment, 1), per_segment
+    segments = length * 0 + 1
+    per_segment = tl.maximum(chunks, 1)
+    # a short sequence's state does not wait for these divisions
+    if length >= SEGMENTS.long_tokens:
+        segments = tl.minimum(length // SEGMENTS.min_tokens, SEGMENTS.max_segments)
+        segments = tl.maximum(segments, tl.minimum(length // (2 * SEGMENTS.min_tokens), SEGMENTS.most_segments))
+        segments = tl.maximum(segments, 1)
+        per_segment = (chunks + segments - 1) // segments
+        # rounding up may leave fewer: 5 chunks by 2 are 3 segments, not 4
+        segments = (chunks + per_segment - 1) // per_segment
+    return segments, per_segment
 
 
 @triton.constexpr_function
@@ -60,24 +65,6 @@ def tokens_a_place(segments, at_least):
     if many > 1:
         tokens = min(tokens, max(at_least, many * 2 * segments.min_tokens) // (many - 1))
     return tokens
-
-
-@triton.jit
-def last_before(cu_seqlens_ptr, number, N, T, TOKENS: tl.constexpr):
-    """The last of N > 0 sequences that begins at or before the end of those TOKENS tokens that have ``number``."""
-    low = number * 0
-    high = low + N - 1
-    # by eights, for a step waits for memory
-    while low < high:
-        step = (high - low) // 8 + 1
-        last = low
-        for i in tl.static_range(1, 8):
-            middle = low + i * step
-            _, first, _ = span(cu_seqlens_ptr, tl.minimum(middle, high), T)
-            last = tl.where((middle <= high) & (first // TOKENS <= number), middle, last)
-        high = tl.minimum(last + step - 1, high)
-        low = last
-    return low
 
 
 @triton.jit
@@ -104,23 +91,25 @@ def first_place(cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: t
 def segment_of(
     cu_seqlens_ptr,
     place,
+    asked,
     N,
     T,
     SEGMENTS: tl.constexpr,
     AT_LEAST: tl.constexpr,
 ):
-    """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences; only scalars, for Gluon too.
+    """The sequence and segment at ``place``, an int64, of a batch of N > 0 sequences. ``asked``: :func:`last_before`.
 
     Places past N are those of sequences of AT_LEAST tokens, as many as a long one has or more.
-    Returns n, segment, segments, first_chunk, chunks, batch, start, length: which sequence, which of its segments, how
-    many it has, the segment's first chunk of 64 tokens within the sequence and how many chunks, and :func:`span` of the
-    whole sequence. A place of no segment returns segment = segments and chunks = 0, with some n below N.
+    Returns n, segment, segments, per_segment, first_chunk, chunks, batch, start, length: which sequence, which of its
+    segments, how many it has and of how many chunks of 64 tokens, the segment's first chunk within the sequence and
+    how many chunks, and :func:`span` of the whole sequence. A place of no segment returns segment = segments and
+    chunks = 0, with some n below N.
     """
     number = place - N
     n = place
     if number >= 0:
         if cu_seqlens_ptr is not None:
-            n = last_before(cu_seqlens_ptr, number, N, T, tokens_a_place(SEGMENTS, AT_LEAST))
+            n = last_before(cu_seqlens_ptr, number, asked, N, T, tokens_a_place(SEGMENTS, AT_LEAST), 0)
         else:
             of_row, _ = cut(T, SEGMENTS)
             n = tl.minimum(number // tl.maximum(of_row - 1, 1), number * 0 + N - 1)
@@ -135,7 +124,7 @@ def segment_of(
     chunks = tl.maximum(tl.minimum(per_segment, (length + C - 1) // C - first_chunk), 0)
     if segment == segments:
         chunks = chunks * 0
-    return n, segment, segments, first_chunk, chunks, batch, start, length
+    return n, segment, segments, per_segment, first_chunk, chunks, batch, start, length
 
 
 @triton.jit
@@ -220,7 +209,7 @@ def combine_kernel(
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     number = n
     if cu_seqlens_ptr is not None:
-        n = last_before(cu_seqlens_ptr, number, N, T, MAP_TOKENS)
+        n = last_before(cu_seqlens_ptr, number, tl.arange(0, 64), N, T, MAP_TOKENS, 0)
     _, start, length = span(cu_seqlens_ptr, n, T)
     if PDL:
         tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_predecessors

@@ -103,6 +103,20 @@ def span(cu_seqlens_ptr, n, T):
 
 
 @triton.jit
+def last_before(cu_seqlens_ptr, place, asked, N, T, TOKENS: tl.constexpr, EACH: tl.constexpr):
+    """The last of N > 0 sequences whose places begin at or before ``place``, an int64. Every TOKENS tokens have a place
+    and, if EACH is 1, every sequence one more. ``asked`` counts from 0 to the sequences that are looked at at once."""
+    n = place * 0
+    for i in range(1, N, asked.shape[0]):
+        number = i + asked
+        start = tl.load(cu_seqlens_ptr + number, mask=number < N, other=0)
+        start = tl.minimum(tl.maximum(start, 0), T).to(tl.int32)
+        begun = (number < N) & (start // TOKENS + number * EACH <= place.to(tl.int32))
+        n += tl.sum(begun.to(tl.int32), 0)
+    return n
+
+
+@triton.jit
 def slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id):
     """Slots that sequence n reads and writes, whether it is active, keeps its state, and has one to start from.
 
