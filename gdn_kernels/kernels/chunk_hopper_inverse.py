@@ -40,6 +40,31 @@ TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 # of q, 8 columns a thread
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
 
+# Of a thread's 8 elements of a 16x16 block numbers 2 and 3 lie in the quarter below an upper triangular one's diagonal.
+_ABOVE = (0, 1, 4, 5, 6, 7)
+UPPER_DECAY = gl.constexpr(
+    "{ .reg .f32 e; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
+    + "".join(
+        f"abs.f32 e, ${8 + i}; neg.f32 e, e; ex2.approx.ftz.f32 e, e; mul.f32 ${i}, e, ${16 + i}; " for i in _ABOVE
+    )
+    + "}"
+)
+UPPER_REST = gl.constexpr(
+    "{ .reg .b16 a, b; .reg .f32 c, d; mov.b32 $1, $13; "
+    + "".join(
+        f"mov.b32 {{a, b}}, ${12 + i}; cvt.f32.f16 c, a; cvt.f32.f16 d, b; sub.f32 c, ${4 + 2 * i}, c; "
+        f"sub.f32 d, ${5 + 2 * i}, d; cvt.rn.f16x2.f32 ${i}, d, c; "
+        for i in (0, 2, 3)
+    )
+    + "}"
+)
+SOLVED_PAIRS = gl.constexpr(
+    "{ .reg .f32 e; mov.f32 $0, $24; mov.f32 $6, $30; "
+    + "".join(f"mov.f32 ${i}, 0f00000000; " for i in (2, 3, 4, 5))
+    + "".join(f"mul.f32 e, ${16 + i}, ${32 + i}; fma.rn.f32 ${i}, e, ${8 + i}, ${24 + i}; " for i in (1, 7))
+    + "}"
+)
+
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
 opaque = chunk_hopper.opaque
@@ -139,6 +164,25 @@ def split(x):
 
 
 @gluon.jit
+def upper_rest(x, high):
+    """The same of an upper triangular block."""
+    return gl.inline_asm_elementwise(
+        UPPER_REST,
+        "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f,r,r,r,r",
+        [x, high],
+        dtype=gl.float16,
+        is_pure=True,
+        pack=8,
+    )
+
+
+@gluon.jit
+def split_upper(x):
+    high = operand(x)
+    return high, upper_rest(x, high)
+
+
+@gluon.jit
 def add_product(sums, a, b_high, b_low):
     """sums + a b, b a sum of two right operands."""
     sums = mma_v2(left(a), b_low, sums)
@@ -150,6 +194,19 @@ def add_whole_product(sums, a_high, a_low, b_high, b_low):
     """The same where a is a sum of two operands too."""
     sums = mma_v2(left(a_low), b_high, sums)
     return add_product(sums, a_high, b_high, b_low)
+
+
+@gluon.jit
+def solved_pairs(A, c, eye, minus_pairs):
+    """eye + minus_pairs * A diag(c), where minus_pairs is not 0 only beside the diagonal."""
+    return gl.inline_asm_elementwise(
+        SOLVED_PAIRS,
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [A, c[None, :].broadcast_to((B, B)), eye, minus_pairs],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=8,
+    )
 
 
 @gluon.jit
@@ -166,8 +223,9 @@ def inverse_blocks(A0, b0, c0, A1, b1, c1, masks):
     zeros = gl.zeros([B, B], gl.float32, RESULT)
     L0_high, L0_low = split(gl.where(row > column, A0 * b0[:, None], 0.0))
     L1_high, L1_low = split(gl.where(row > column, A1 * b1[:, None], 0.0))
-    Y0 = eye - gl.where(pairs, A0 * c0[None, :], 0.0)
-    Y1 = eye - gl.where(pairs, A1 * c1[None, :], 0.0)
+    minus_pairs = gl.where(pairs, -1.0, 0.0)
+    Y0 = solved_pairs(A0, c0, eye, minus_pairs)
+    Y1 = solved_pairs(A1, c1, eye, minus_pairs)
     Y0_high = operand(Y0)
     Y1_high = operand(Y1)
     Y0_right = right(turned(Y0_high))
@@ -181,8 +239,8 @@ def inverse_blocks(A0, b0, c0, A1, b1, c1, masks):
         Y1_high = operand(Y1)
         Y0_right = right(turned(Y0_high))
         Y1_right = right(turned(Y1_high))
-    R0 = add_whole_product(Y0 - eye, Y0_high, rest(Y0, Y0_high), right(L0_high), right(L0_low))
-    R1 = add_whole_product(Y1 - eye, Y1_high, rest(Y1, Y1_high), right(L1_high), right(L1_low))
+    R0 = add_whole_product(Y0 - eye, Y0_high, upper_rest(Y0, Y0_high), right(L0_high), right(L0_low))
+    R1 = add_whole_product(Y1 - eye, Y1_high, upper_rest(Y1, Y1_high), right(L1_high), right(L1_low))
     Y0 = mma_v2(left(operand(-R0)), Y0_right, Y0)
     Y1 = mma_v2(left(operand(-R1)), Y1_right, Y1)
     return Y0, Y1
@@ -200,11 +258,24 @@ def factor(tile, i: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def upper_decay(exponents, b):
+    """b exp2(exponents), none of them positive, in what is not 0 of an upper triangular block."""
+    return gl.inline_asm_elementwise(
+        UPPER_DECAY,
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [exponents, b[:, None].broadcast_to((B, B))],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=8,
+    )
+
+
+@gluon.jit
 def decayed(i: gl.constexpr, Y, b, gates_s, norm_s, HAS_NORM: gl.constexpr):
     """Block (i, i) of Y with beta, the norms of k and decay."""
     # no exponent is positive on or above the diagonal
     exponents = factor(gates_s, i, COLUMNS)[None, :] - factor(gates_s, i, ROWS)[:, None]
-    y = Y * (b[:, None] * gl.exp2(-gl.abs(exponents)))
+    y = Y * upper_decay(exponents, b)
     if HAS_NORM:
         y *= factor(norm_s, i, COLUMNS)[None, :]
     return y
