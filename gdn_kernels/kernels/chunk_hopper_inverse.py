@@ -477,8 +477,8 @@ def hopper_inverse_kernel(
         A31 = gl.zeros([B, B], gl.float32, RESULT)
         A32 = gl.zeros([B, B], gl.float32, RESULT)
         A33 = gl.zeros([B, B], gl.float32, RESULT)
-        mbarrier.wait(ready, 0)
         gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, hv0, beta_scale, IS_RAW_GATE)
+        mbarrier.wait(ready, 0)
         for s in gl.static_range(K // STEP):
             k0_s = k_s.index(s).slice(0, B)
             k1_s = k_s.index(s).slice(16, B)
