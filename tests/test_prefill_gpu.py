@@ -56,6 +56,23 @@ def test_the_ladders_segments_match_fp64(dtype, gates):
     check(inputs, *run(inputs))
 
 
+@pytest.mark.parametrize("use_qk_l2norm", [False, True])
+@pytest.mark.parametrize("config", [launch.HOPPER_SCAN_NARROW, launch.HOPPER_SCAN_WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("scale", [3.0, 1e-3, 0.0, -0.5])
+def test_scales_of_any_sign(scale, config, use_qk_l2norm):
+    inputs = delta_inputs((100, 70), H=2, HV=4, K=128, V=128, dtype=torch.bfloat16, device="cuda")
+    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
+    with launch.pinned("chunk_hopper_scan", config):
+        o, state = run(inputs, **options)
+    wanted_o, wanted_state = oracle(inputs, initial_state=inputs.initial_state, **options)
+    real = inputs.real_tokens
+    assert_close(state, wanted_state, BUDGET, "state")
+    if scale == 0:
+        assert torch.equal(o, torch.zeros_like(o))
+    else:
+        assert_close(o[:, :real], wanted_o[:, :real], BUDGET, "o")
+
+
 @pytest.mark.parametrize("kernel", ["narrow", "wide", "portable", "segments", "many segments"])
 def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
     lengths = (700, 64, 1, 1500, 333)
