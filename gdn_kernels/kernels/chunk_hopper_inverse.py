@@ -40,7 +40,8 @@ TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
 # of q, 8 columns a thread
 LINES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
 
-# Of a thread's 8 elements of a 16x16 block numbers 2 and 3 lie in the quarter below an upper triangular one's diagonal.
+# A thread has 8 elements of a 16x16 block. 2 and 3 lie in the quarter that is 0 in an upper triangular one. The
+# diagonal goes through 0, 1, 6 and 7, and an element right of it in the same pair of columns is 1 or 7.
 _ABOVE = (0, 1, 4, 5, 6, 7)
 UPPER_DECAY = gl.constexpr(
     "{ .reg .f32 e; mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
@@ -165,7 +166,7 @@ def split(x):
 
 @gluon.jit
 def upper_rest(x, high):
-    """The same of an upper triangular block."""
+    """:func:`rest` of an upper triangular block."""
     return gl.inline_asm_elementwise(
         UPPER_REST,
         "=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f,r,r,r,r",
@@ -174,12 +175,6 @@ def upper_rest(x, high):
         is_pure=True,
         pack=8,
     )
-
-
-@gluon.jit
-def split_upper(x):
-    high = operand(x)
-    return high, upper_rest(x, high)
 
 
 @gluon.jit
