@@ -99,7 +99,7 @@ def measure(row: Row, case: EngineCase, record: _engines.Record) -> None:
         )
     else:
         row.gpu_us, row.engines_gpu_us = (timing.graph_us(calls(function), count) for function in (ours, engines))
-    row.host_us, row.engines_host_us = (timing.host_us(calls(function)[0]) for function in (ours, engines))
+    row.host_us, row.engines_host_us = timing.hosts_us([calls(function)[0] for function in (ours, engines)])
 
 
 def run(engine: str, only: str, without: str | None = None) -> list[Row]:

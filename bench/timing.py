@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cases
@@ -18,7 +18,7 @@ ROTATED_BYTES = 160 * 2**20  # the buffers of one round: three times an H100's 5
 MAX_COPIES = 64
 REPLAYS = 20
 GRAPH_US = 200.0  # least floor time of a graph: the host then stays ahead of the GPU from replay to replay
-HOST_ROUNDS = 50 if ON_GPU else 5
+HOST_ROUNDS = 200 if ON_GPU else 5  # some 20 ms: a busy host is slow for milliseconds at a time
 
 Call = Callable[[], Any]
 
@@ -67,17 +67,24 @@ def graph_us(calls: list[Call], count: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / count
 
 
-def host_us(call: Call, rounds: int = HOST_ROUNDS) -> float:
-    """Median wall time of one eager call in us. On a GPU the queue is empty before each: the launch alone is timed."""
-    times = []
+def hosts_us(calls: Sequence[Call], rounds: int = HOST_ROUNDS) -> list[float]:
+    """Median wall time in us of one eager call, of each of ``calls``, which take turns: a slow spell of the host meets
+    all of them. On a GPU the queue is empty before each: the launch alone is timed."""
+    times: list[list[float]] = [[] for _ in calls]
     for i in range(rounds + 3):
-        synchronize()
-        start = time.perf_counter()
-        call()
-        if i >= 3:
-            times.append(time.perf_counter() - start)
+        for call, found in zip(calls, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            call()
+            if i >= 3:
+                found.append(time.perf_counter() - start)
     synchronize()
-    return statistics.median(times) * 1e6
+    return [statistics.median(found) * 1e6 for found in times]
+
+
+def host_us(call: Call, rounds: int = HOST_ROUNDS) -> float:
+    """:func:`hosts_us` of one."""
+    return hosts_us([call], rounds)[0]
 
 
 def queued_host_us(call: Call, calls: int = 250 if ON_GPU else 5, rounds: int = 20 if ON_GPU else 2) -> float:
