@@ -30,7 +30,7 @@ import triton.language as tl
 
 from gdn_kernels import launch
 from gdn_kernels.kernels import chunk_segments
-from gdn_kernels.kernels.chunk_prep import CHUNK, C, prepare_inverse, prepare_products
+from gdn_kernels.kernels.chunk_prep import CHUNK, C, place_of, prepare_inverse, prepare_products
 from gdn_kernels.kernels.recurrent import batch_stride, slots, span
 
 
@@ -90,10 +90,7 @@ def scan_kernel(
     inner = (hv * V + rows)[:, None] * K + columns[None, :]
 
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    if cu_seqlens_ptr is not None:
-        place = start // C + n
-    else:
-        place = n * ((T + C - 1) // C)
+    place = place_of(cu_seqlens_ptr, n, start, T)
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
 
     S = tl.zeros([BLOCK_V, K], dtype=tl.float32)

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import chunk_segments, recurrent
+from gdn_kernels.kernels import chunk_prep, chunk_segments, recurrent
 
 CHUNK = 64
 C = gl.constexpr(CHUNK)
@@ -56,6 +56,7 @@ _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
+place_of = gluon.jit(chunk_prep.place_of.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 first_place = gluon.jit(chunk_segments.first_place.fn)
@@ -199,11 +200,8 @@ def work_of(
     else:
         row, start, length = span(cu_seqlens_ptr, n, T)
         chunks = (length + C - 1) // C
-    place = n * ((T + C - 1) // C)
-    if cu_seqlens_ptr is not None:
-        place = start // C + n
     # of the sequence's first chunk, in scratch
-    place = place * HV + hv
+    place = place_of(cu_seqlens_ptr, n, start, T) * HV + hv
     read, write, active, keep, known = slots(read_ptr, write_ptr, has_initial_ptr, n, length, num_slots, pad_slot_id)
     wait_for_predecessors()
     if IS_MAP:

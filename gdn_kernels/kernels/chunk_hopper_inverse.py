@@ -2,9 +2,9 @@
 
 Its formulas, of one warp a chunk on 16x16 blocks; what differs is where things lie. Such a warp is a chain of small
 products, which only other warps and other blocks hide. So the blocks of k k^T are in shared memory, as operands of
-twice the precision of one, and 12 warps fit an SM where 8 did. Diagonal blocks are inverted in pairs, each pair is made
-a half of 32 rows, and the halves are made the whole. Only Y is formed, not its transpose T: movmatrix turns a block of
-16 bits in registers. k arrives and Y leaves by TMA.
+twice the precision of one, and 12 warps fit an SM where 8 did. Diagonal blocks are inverted in pairs, and those beside
+them follow by diagonals, by substitution: it corrects its own errors, as a product of inverses does not. Only Y is
+formed, not its transpose T: movmatrix turns a block of 16 bits in registers. k arrives and Y leaves by TMA.
 
 Y, upper triangular, is stored without its quarter of zeros: its upper 32 rows, then the right half of its lower ones.
 """
@@ -506,7 +506,6 @@ def hopper_inverse_kernel(
             norm_s.slice(32, B).store(gl.sum(gl.where(r == c, A22, 0.0), 1))
             norm_s.slice(48, B).store(gl.sum(gl.where(r == c, A33, 0.0), 1))
             norm_k = inv_l2norm(norm_s.load(TOKENS), L2NORM_EPS)
-        if USE_QK_L2NORM:
             norm_s.store(norm_k)
             n1 = factor(norm_s, 1, ROWS)[:, None]
             n2 = factor(norm_s, 2, ROWS)[:, None]
@@ -571,8 +570,7 @@ def hopper_inverse_kernel(
             down_s.store(b * gl.exp2(gl.minimum(next_first - gates, 0.0)))
             up_s.store(gl.exp2(gl.minimum(gates - own_first, 0.0)) * norm_k)
 
-            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y. First
-            # what lies between two blocks, then, of that, what lies between the halves
+            # T_ij = -T_ii diag(b_i) sum of A_ik T_kj over j <= k < i, transposed: columns of T are rows of Y
             b3 = factor(beta_s, 3, ROWS)
             b2 = factor(beta_s, 2, ROWS)
             c3 = factor(beta_s, 3, COLUMNS)
@@ -606,6 +604,7 @@ def hopper_inverse_kernel(
             R1_high, R1_low = right_pair(Y11_high, Y11_low)
             A10_high, A10_low = load_operand(a_s, 0)
             A21_high, A21_low = load_operand(a_s, 2)
+            # loaded again: kept since the blocks before, they would be spilled
             c2 = -factor(beta_s, 2, COLUMNS)
             c3 = -factor(beta_s, 3, COLUMNS)
             sums_0 = add_whole_product(zeros, Y00_high, Y00_low, A10_high, A10_low)

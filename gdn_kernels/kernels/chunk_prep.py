@@ -32,17 +32,24 @@ BLOCK = tl.constexpr(16)
 
 
 @triton.jit
+def place_of(cu_seqlens_ptr, n, start, T):
+    """The scratch place of the first chunk of sequence ``n``, an int64, whose first token is ``start``."""
+    place = n * ((T + C - 1) // C)
+    if cu_seqlens_ptr is not None:
+        place = start // C + n
+    return place
+
+
+@triton.jit
 def chunk_of(cu_seqlens_ptr, place, asked, N, T):
-    """The sequence at scratch place ``place``, its batch row, which of its chunks that is, first token and length."""
-    chunks = (T + C - 1) // C
-    n = place // chunks
+    """The sequence at scratch place ``place``, its batch row, which of its chunks that is, first token and length.
+    ``asked``: :func:`last_before`."""
     if cu_seqlens_ptr is not None:
         n = last_before(cu_seqlens_ptr, place, asked, N, T, C, 1)
+    else:
+        n = place // ((T + C - 1) // C)
     batch, start, length = span(cu_seqlens_ptr, n, T)
-    chunk = place % chunks
-    if cu_seqlens_ptr is not None:
-        chunk = place - (start // C + n)
-    return n, batch, chunk, start, length
+    return n, batch, place - place_of(cu_seqlens_ptr, n, start, T), start, length
 
 
 @triton.jit

@@ -138,12 +138,12 @@ def remembered(factor_ptr, first, chunks, asked, HV: tl.constexpr, FACTORS: tl.c
     walked = chunks * 0
     found = chunks * 0
     while (found == 0) & (walked < chunks):
-        walked_then = walked + asked
-        left = chunks - 1 - walked_then
+        behind = walked + asked
+        left = chunks - 1 - behind
         last = factor_ptr + (first + left * HV) * (FACTORS * C) + (C - 1)
         gates = tl.load(last, mask=left >= 0, other=0.0)
         forgotten = total + tl.cumsum(gates, 0) <= FORGOTTEN
-        found = tl.min(tl.where(forgotten, walked_then + 1, chunks + 1), 0)
+        found = tl.min(tl.where(forgotten, behind + 1, chunks + 1), 0)
         found = tl.where(found > chunks, 0, found)
         total += tl.sum(gates, 0)
         walked += asked.shape[0]
@@ -156,8 +156,7 @@ def walk(factor_ptr, first, segment, segments, per_segment, chunks, asked, HV: t
     forget is walked by the last one after it, whose item starts early if it is the sequence's last.
 
     Returns the segment that the walk begins with, its first chunk, how many, and how many of them come before that
-    segment. ``first``, of the sequence, and ``asked`` as for
-    :func:`remembered`.
+    segment. ``first`` and ``asked`` as for :func:`remembered`, of the whole sequence.
     """
     begin = segment
     ahead = segment * 0
