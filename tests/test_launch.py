@@ -225,28 +225,30 @@ def test_long_sequences_are_cut_on_hopper_alone(heads: int, wanted: tuple[int, .
 
 
 @pytest.mark.parametrize(
-    "chunk_heads, ratio, heads",
+    "places, num_v_heads, ratio, wanted",
     [
-        (1, 4, 1),
-        (1055, 4, 1),
-        (1056, 4, 2),
-        (1056, 3, 3),
-        (1056, 5, 5),
-        (2640, 4, 2),
-        (2641, 4, 4),
-        (5280, 4, 4),
-        (5281, 4, 2),
-        (15839, 4, 2),
-        (15840, 4, 4),
-        (1 << 20, 8, 4),
-        (1 << 20, 2, 2),
-        (1 << 20, 1, 1),
+        (1, 64, 4, (1, 1, 1)),
+        (16, 64, 4, (1, 16, 1)),
+        (17, 64, 4, (2, 17, 2)),
+        (23, 48, 3, (3, 23, 3)),
+        (34, 40, 5, (5, 34, 5)),
+        (41, 64, 4, (2, 41, 2)),
+        (42, 64, 4, (4, 42, 4)),
+        (99, 64, 4, (4, 99, 4)),
+        (100, 64, 4, (4, 99, 2)),
+        (517, 64, 4, (4, 495, 2)),
+        (517, 48, 3, (3, 495, 1)),
+        (517, 32, 2, (2, 495, 1)),
+        (517, 128, 8, (4, 490, 2)),
+        (1 << 14, 16, 1, (1, 16335, 1)),
     ],
 )
-def test_programs_of_the_inverses_share_keys_once_they_fill_the_gpu(chunk_heads: int, ratio: int, heads: int) -> None:
+def test_inverses_share_keys_in_whole_rounds(
+    places: int, num_v_heads: int, ratio: int, wanted: tuple[int, int, int]
+) -> None:
     from gdn_kernels.kernels import chunk_hopper_inverse
 
-    assert chunk_hopper_inverse.heads_of_a_program(chunk_heads, ratio) == heads
+    assert chunk_hopper_inverse.shares(places, num_v_heads, ratio) == wanted
 
 
 # Configurations of the scan in Gluon have 64 rows of the state a part.

@@ -351,7 +351,7 @@ def gates_and_beta(g, b, valid, A_log_ptr, dt_bias_ptr, hv, beta_scale, IS_RAW_G
     return gl.associative_scan(gl.maximum(g * LOG2E, MIN_LOG2_GATE), 0, _add), b
 
 
-_UNSPECIALIZED = ["N", "T", "heads", "num_ordered", "num_slots", "pad_slot_id"]
+_UNSPECIALIZED = ["N", "T", "heads", "num_first", "last_heads", "num_places", "num_ordered", "num_slots", "pad_slot_id"]
 _UNSPECIALIZED += ["stride_g_b", "stride_g_t", "stride_beta_b", "stride_beta_t"]
 
 
@@ -376,6 +376,9 @@ def hopper_inverse_kernel(
     N: gl.int32,
     T: gl.int32,
     heads: gl.int32,
+    num_first: gl.int32,
+    last_heads: gl.int32,
+    num_places: gl.int32,
     num_ordered: gl.int32,
     num_slots: gl.int32,
     pad_slot_id: gl.int32,
@@ -402,15 +405,21 @@ def hopper_inverse_kernel(
     USE_QK_L2NORM: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Y and row factors of one chunk and ``heads`` value heads of one key head, by one warp; zeros for no sequence's
-    tokens; a part of what a long sequence starts from, for kernels/chunk_segments.py; and one sequence's place in the
-    order of the scan."""
+    """Y and row factors of one chunk and ``heads`` value heads of one key head, ``last_heads`` in the places after
+    ``num_first`` (of ``num_places``), by one warp; zeros for no sequence's tokens; a part of what a long sequence
+    starts from, for kernels/chunk_segments.py; and one sequence's place in the order of the scan."""
     pid = gl.program_id(0)
-    hv0 = pid % (HV // heads) * heads
     place = pid // (HV // heads)
+    part = pid % (HV // heads)
+    if place >= num_first:
+        part = pid - num_first * (HV // heads)
+        heads = last_heads
+        place = num_first + part // (HV // heads)
+        part = part % (HV // heads)
+    hv0 = part * heads
     if gl.num_programs(0) > AT_ONCE:
         # backwards: what the scan begins with is written last, and still in the L2
-        place = gl.num_programs(0) // (HV // heads) - 1 - place
+        place = num_places - 1 - place
     place = place.to(gl.int64)
     h = hv0 // (HV // H)
     wait_for_inputs(PDL)
@@ -663,19 +672,27 @@ def hopper_inverse_kernel(
     tma.store_wait(0)
 
 
-def heads_of_a_program(chunk_heads, ratio):
-    """Value heads of a chunk a program, of ``ratio`` that share a key head: they share its products and the wait for k,
-    but the fewer they are, the more programs hide each other's chains. No bits and no binary depend on it.
+def shares(places, num_v_heads, ratio):
+    """Value heads a program, of ``ratio`` that share a key head, in how many places, and how many in the places after.
 
-    Best where all run at once, 4 to 10 an SM. H100, 2026-11-26, us with 1, 2, 4: heads 8/32 1x512 7.8, 9.1, 12.6;
-    1x2048 12.2, 11.3, 14.5; 1x8192 37, 34, 30; 4/16 1x8192 21, 17, 17; 16/64 8x1024 68, 58, 63; 4x8192 230, 188, 179.
+    Value heads of a program share products and the wait for k, but the fewer they are, the more programs hide each
+    other's chains: where all run at once, 4 to 10 an SM are best. Beyond, whole rounds of programs of many heads come
+    first and then programs of fewer, so that the last round is short. No bits and no binary depend on it.
+
+    H100, 2026-11-26, us with 1, 2, 4: heads 8/32 1x512 7.8, 9.1, 12.6; 1x2048 12.2, 11.3, 14.5; 1x8192 37, 34, 30; 4/16
+    1x8192 21, 17, 17. The whole with two heads, and with two, then one: 16/32 8x1024 131, 126; 32x256 165, 162.
     """
-    if chunk_heads < 8 * launch.HOPPER_SMS:
-        return 1
+    chunk_heads = places * num_v_heads
     divisors = [each for each in range(1, ratio + 1) if ratio % each == 0]
-    at_once = (each for each in divisors if 1 < each <= 4 and chunk_heads <= 10 * launch.HOPPER_SMS * each)
-    least = 2 if chunk_heads < 10 * AT_ONCE.value else 4
-    return next(at_once, None) or next((each for each in divisors if each >= least), ratio)
+    most = max((each for each in divisors if 1 < each <= 4), default=ratio)
+    in_a_round = max(1, AT_ONCE.value * most // num_v_heads)
+    if places > in_a_round:
+        return most, places // in_a_round * in_a_round, max(each for each in divisors if each < most or each == 1)
+    heads = 1
+    if chunk_heads >= 8 * launch.HOPPER_SMS:
+        at_once = (each for each in divisors if 1 < each <= most and chunk_heads <= 10 * launch.HOPPER_SMS * each)
+        heads = next(at_once, most)
+    return heads, places, heads
 
 
 def prepare_inverse(
@@ -709,7 +726,7 @@ def prepare_inverse(
     sequence of ``long_tokens`` or more, HV, V, K], if given, the slots ``read`` of the pool ``initial``."""
     tokens, H, K = k.shape[1:]
     places, HV = factors.shape[:2]
-    heads = heads_of_a_program(places * HV, HV // H)
+    heads, num_first, last_heads = shares(places, HV, HV // H)
     # without them their facts are left out, so that they decide no binary
     num_slots = stride_initial = copiers = 0
     if firsts is None:
@@ -721,7 +738,7 @@ def prepare_inverse(
         copiers = 1 << (min(CHUNK, long_tokens // CHUNK).bit_length() - 1)
     launch.run(
         hopper_inverse_kernel,
-        (places * (HV // heads),),
+        (num_first * (HV // heads) + (places - num_first) * (HV // last_heads),),
         chunk_hopper.tiles_of(k, K, STEP.value),
         *chunk_hopper.packed_tiles(y, CHUNK // 2),
         q,
@@ -740,6 +757,9 @@ def prepare_inverse(
         count,
         tokens,
         heads,
+        num_first,
+        last_heads,
+        places,
         0 if order is None else count,
         num_slots,
         pad_slot_id,
