@@ -265,6 +265,41 @@ def test_a_program_walks_many_short_sequences(size):
     assert torch.equal(out[:, start:], torch.zeros_like(out[:, start:]))
 
 
+@pytest.mark.parametrize("apart", [0, 8, 1], ids=["packed", "apart", "unaligned"])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_states_that_come_as_tiles(dtype, K, apart):
+    # into the stages of wide programs, where their slots lie on 16 bytes; narrow ones load them
+    lengths = (100, 1, 0, 64, 200) * 9
+    inputs = delta_inputs(lengths, H=2, HV=16, K=K, V=128, dtype=torch.bfloat16, device="cuda")
+    slots = torch.arange(len(lengths), 0, -1, dtype=torch.int32, device="cuda")
+    size = 16 * 128 * K
+    found = []
+    for config in (launch.HOPPER_SCAN_NARROW, launch.HOPPER_SCAN_WIDE):
+        pool = torch.zeros(len(lengths) + 1, size + apart, dtype=dtype, device="cuda")
+        pool = pool[:, :size].view(-1, 16, 128, K)
+        pool[slots.long()] = inputs.initial_state.to(dtype)
+        out = torch.full_like(inputs.v, torch.nan)
+        with launch.pinned("chunk_hopper_scan", config):
+            gdn_kernels.chunk_gated_delta_rule_paged(*inputs.tensors, pool, out, slots, inputs.cu_seqlens)
+        found.append((out, pool))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    given = inputs.initial_state.to(dtype).float()
+    wanted, _ = oracle(dataclasses.replace(inputs, initial_state=given), initial_state=given)
+    assert_close(out, wanted, BUDGET, "o")
+
+
+def test_states_that_come_as_tiles_are_whole():
+    # a stage is given back once its state is in registers: were it before, a row in a million would be another chunk's
+    inputs = delta_inputs((256,) * 64, H=8, HV=32, K=128, V=128, dtype=torch.bfloat16, device="cuda")
+    with launch.pinned("chunk_hopper_scan", launch.HOPPER_SCAN_NARROW):
+        o, state = run(inputs)
+    for _ in range(20):
+        with launch.pinned("chunk_hopper_scan", launch.HOPPER_SCAN_WIDE):
+            again = run(inputs)
+        assert torch.equal(again[0], o) and torch.equal(again[1], state)
+
+
 def test_rows_without_offsets_and_padding_between_them():
     # rows of a batch lie apart: each has its own tail
     inputs = delta_inputs((400,), H=1, HV=2, K=128, V=128, dtype=torch.bfloat16, device="cuda")

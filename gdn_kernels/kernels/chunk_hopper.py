@@ -7,7 +7,9 @@ With Y of kernels/chunk_hopper_inverse.py, which gates, beta and inverse norms o
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one; then it
-takes its next such item, while copies of tiles into shared memory already run ahead. Each 64 rows of the state have a
+takes its next such item. The loading warp runs ahead: it finds what an item is, tells the others through shared memory,
+and copies tiles there; with 128 rows first the state that the item starts from, in the place of one chunk's tiles, so
+that nobody waits for it when the item before ends. Each 64 rows of the state have a
 warpgroup, which holds them in registers, as fp32 and as operand, everything transposed. Its chain of products, k S^T,
 U and S, is what a lone sequence waits for. So with 64 rows it does no more, and hands S and U to two warpgroups that
 form P and o, in turn. With 128 rows there are registers for one auxiliary warpgroup, which forms P and copies o, and
@@ -44,12 +46,17 @@ SHIFTS = 0x7FFF0000
 BILLION = gl.constexpr(ROWS)
 # Elements of a packed Y: its upper 32 rows, then the right half of its lower ones.
 PACKED = gl.constexpr(32 * 64 + 32 * 32)
+# Items that are found ahead at most, and numbers that say what one is, the last of them how many a program has.
+FOUND = gl.constexpr(4)
+FIELDS = gl.constexpr(32)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
 # Triton 3.9 has new names for what 3.6 has.
 _load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 _memory = gl.shared_memory_descriptor
 _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
@@ -247,21 +254,129 @@ def work_of(
 
 
 @gluon.jit
+def publish(work, count, to):
+    """What :func:`work_of` returned, and how many items the program has, for its other warps."""
+    number = gl.arange(0, FIELDS, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    fields = gl.where(number == FIELDS - 1, count, 0)
+    for i in gl.static_range(len(work)):
+        fields = gl.where(number == i, work[i].to(gl.int32), fields)
+    to.store(fields)
+
+
+@gluon.jit
+def field(work_s, i: gl.constexpr):
+    """Number ``i`` of what was published; reduced, for the compiler to know it is the same in all threads."""
+    number = gl.max(work_s.slice(i, 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, -1;", "=r,r", [number], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def published(work_s):
+    """What :func:`work_of` returned."""
+    return (
+        field(work_s, 0) != 0, field(work_s, 1), field(work_s, 2), field(work_s, 3), field(work_s, 4),
+        field(work_s, 5), field(work_s, 6), field(work_s, 7), field(work_s, 8), field(work_s, 9).to(gl.int64),
+        field(work_s, 10).to(gl.int64), field(work_s, 11) != 0, field(work_s, 12) != 0,
+        field(work_s, 13).to(gl.int64), field(work_s, 14).to(gl.int64), field(work_s, 15) != 0,
+        field(work_s, 16) != 0, field(work_s, 17).to(gl.int64), field(work_s, 18) != 0, field(work_s, 19) != 0,
+        field(work_s, 20),
+    )  # fmt: skip
+
+
+@gluon.jit
+def number_of_items(works):
+    """Of this program, as soon as its loading warp knows."""
+    works_s, found, done = works
+    mbarrier.wait(found.index(0), 0)
+    wait_for_predecessors()
+    return field(works_s.index(0), FIELDS - 1)
+
+
+@gluon.jit
+def block_of(tile, i: gl.constexpr, like, IS_FLAT: gl.constexpr):
+    """The ``i``-th 8 KiB of a tile: a block of states, as TMA writes it or as it is read."""
+    blocks: gl.constexpr = tile.shape[0] * tile.shape[1] // (C * C)
+    columns: gl.constexpr = like.block_shape[3]
+    if IS_FLAT:
+        rows: gl.constexpr = gl.NVMMASharedLayout(128, like.dtype.primitive_bitwidth, rank=2)
+        block = _reinterpret(tile, like.dtype, [blocks, C, columns], rows).index(i)
+    else:
+        block = _reinterpret(tile, like.dtype, [blocks, 1, 1, C, columns], like.layout).index(i)
+    return block
+
+
+@gluon.jit
+def block_of_state(tiles, stage, part: gl.constexpr, i: gl.constexpr, like, IS_FLAT: gl.constexpr):
+    """Where 128 bytes of each of 64 rows of a state lie that comes before an item's chunks: in the tiles of a stage,
+    which two parts of K = 128 in fp32 fill."""
+    q_s, k_s, v_s, y_s = tiles[:4]
+    p_s = tiles[7]
+    if part == 0:
+        if i == 0:
+            block = block_of(k_s.index(stage), 0, like, IS_FLAT)
+        elif i == 3:
+            block = block_of(k_s.index(stage), 1, like, IS_FLAT)
+        else:
+            block = block_of(v_s.index(stage), i - 1, like, IS_FLAT)
+    elif i == 0:
+        block = block_of(q_s.index(stage), 0, like, IS_FLAT)
+    elif i == 1:
+        block = block_of(y_s.index(stage), 0, like, IS_FLAT)
+    elif i == 2:
+        block = block_of(p_s.index(stage), 0, like, IS_FLAT)
+    else:
+        block = block_of(q_s.index(stage), 1, like, IS_FLAT)
+    return block
+
+
+@gluon.jit
+def side_by_side(a, b):
+    """Two tensors of 64 rows, one beside the other."""
+    return gl.join(a, b).permute((0, 2, 1)).reshape([a.shape[0], 2 * a.shape[1]])
+
+
+@gluon.jit
+def loaded_state(tiles, stage, initial_tiles, K: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr):
+    """64 rows of a state, from a stage's tiles."""
+    W: gl.constexpr = initial_tiles.block_shape[3]
+    registers: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
+    S = block_of_state(tiles, stage, PART, 0, initial_tiles, True).load(registers)
+    if K // W > 1:
+        S = side_by_side(S, block_of_state(tiles, stage, PART, 1, initial_tiles, True).load(registers))
+    if K // W > 2:
+        third = block_of_state(tiles, stage, PART, 2, initial_tiles, True).load(registers)
+        fourth = block_of_state(tiles, stage, PART, 3, initial_tiles, True).load(registers)
+        S = side_by_side(S, side_by_side(third, fourth))
+    return gl.convert_layout(S.to(gl.float32), layout)
+
+
+@gluon.jit
 def loader(
-    tensors, tiles, batch, items,
+    tensors, tiles, works, batch, items,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
-    q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles = tensors
-    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles
+    q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles, initial_tiles = tensors
+    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
     BASE: gl.constexpr = (C * K + C * C) * 2 + FACTORS * C * 4
     VALUES: gl.constexpr = PARTS * C * C * 2
     turn = items * 0
+    works_s, found, done = works
     items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
+    count = (items - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    if count == 0:
+        publish((), 0, works_s.index(0))
+        mbarrier.arrive(found.index(0))
+    for each in range(count):
+        item = gl.program_id(0) + each * gl.num_programs(0)
         work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
+        mbarrier.wait(done.index(each % FOUND), ((each // FOUND) & 1) ^ 1)
+        publish(work, count, works_s.index(each % FOUND))
+        mbarrier.arrive(found.index(each % FOUND))
         # of the next item, which then does not wait for it
         sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
@@ -269,11 +384,24 @@ def loader(
         q_column = hv // (HV // H) * K
         v_column = hv * V + first_row
         if active:
+            if initial_tiles is not None:
+                read, known = work[13], work[15]
+                if known:
+                    block: gl.constexpr = initial_tiles.block_shape
+                    stage = turn % STAGES
+                    bar = ready.index(stage)
+                    mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+                    mbarrier.expect(bar, PARTS * C * K * (initial_tiles.dtype.primitive_bitwidth // 8))
+                    for part in gl.static_range(PARTS):
+                        for j in gl.static_range(K // block[3]):
+                            to = block_of_state(tiles, stage, part, j, initial_tiles, False)
+                            _load(initial_tiles, [j, read.to(gl.int32), v_column + part * C, 0], bar, to)
+                    turn += 1
             for i in range(chunks):
                 stage = turn % STAGES
                 bar = ready.index(stage)
                 row = (first_chunk + i) * C
-                each = chunk_number + i * HV
+                number = chunk_number + i * HV
                 mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
                 if IS_MAP:
                     mbarrier.expect(bar, BASE + VALUES, pred=has_values)
@@ -281,12 +409,12 @@ def loader(
                 else:
                     mbarrier.expect(bar, BASE + VALUES + C * K * 2)
                 load_rows(k_tiles, end, length, row, q_column, bar, k_s.index(stage))
-                _load(factor_tiles, [each * (FACTORS * C)], bar, factor_s.index(stage))
+                _load(factor_tiles, [number * (FACTORS * C)], bar, factor_s.index(stage))
                 if has_values:
                     load_rows(v_tiles, end, length, row, v_column, bar, v_s.index(stage))
-                _load(upper_tiles, [each * (PACKED // C), 0], bar, y_s.index(stage).slice(0, C // 2))
+                _load(upper_tiles, [number * (PACKED // C), 0], bar, y_s.index(stage).slice(0, C // 2))
                 # columns before the first arrive as zeros: the half that is not stored
-                lower_row = each * (PACKED // (C // 2)) + C
+                lower_row = number * (PACKED // (C // 2)) + C
                 _load(lower_tiles, [lower_row, -(C // 2)], bar, y_s.index(stage).slice(C // 2, C // 2))
                 if not IS_MAP:
                     load_rows(q_tiles, end, length, row, q_column, bar, q_s.index(stage))
@@ -300,7 +428,7 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
     o16 = gl.arange(0, 16, gl.SliceLayout(1, layout))
     columns = gl.arange(0, C, gl.SliceLayout(0, layout))
     zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
-    base = o_ptr + (hv.to(gl.int64) * stride_o_h + first_row)
+    base = o_ptr + (hv.to(gl.int64) * stride_o_h + first_row // C * C)
     for i in range(first, last, 16):
         for part in gl.static_range(PARTS):
             to = base + (i.to(gl.int64) * stride_o_t + (o16[:, None] * stride_o_t + part * C + columns[None, :]))
@@ -327,7 +455,7 @@ def decay_between(factors, layout: gl.constexpr):
 
 @gluon.jit
 def auxiliary(
-    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+    tiles, works, initial_tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
@@ -339,15 +467,24 @@ def auxiliary(
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zeros = gl.zeros([C, C], gl.float32, layout)
     turn = items * 0
-    items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, False)
-    sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, False, FACTORS)
-        # of the next item, which then does not wait for it
-        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
+    # turns that brought a state
+    states = items * 0
+    works_s, found, done = works
+    for each in range(number_of_items(works)):
+        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
+        work = published(works_s.index(each % FOUND))
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
+            if initial_tiles is not None:
+                known = work[15]
+                if known:
+                    stage = turn % STAGES
+                    mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+                    mbarrier.arrive(p_ready.index(stage))
+                    mbarrier.arrive(free.index(stage))
+                    turn += 1
+                    states += 1
             for i in range(chunks + 2):
                 if i < chunks:
                     now = turn + i
@@ -374,7 +511,7 @@ def auxiliary(
                     mbarrier.arrive(p_ready.index(stage))
                     mbarrier.arrive(free.index(stage))
                 if i > 1:
-                    mbarrier.wait(o_ready, (turn + i) & 1)
+                    mbarrier.wait(o_ready, (turn + states + i) & 1)
                     if i - 2 >= ahead:
                         fence_async_shared()
                         store_rows(o_tiles, end, length, (first_chunk + i - 2) * C, v_column, o_s)
@@ -385,11 +522,12 @@ def auxiliary(
             first = end - length
             last_row = first + gl.minimum((first_chunk + chunks) * C, length)
             write_zeros(o_ptr, first + first_chunk * C, last_row, hv, first_row, stride_o_t, stride_o_h, PARTS)
+        mbarrier.arrive(done.index(each % FOUND))
 
 
 @gluon.jit
 def output(
-    tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+    tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
@@ -405,12 +543,10 @@ def output(
     mine_u_formed = u_formed.index(WHICH)
     mine_u_taken = u_taken.index(WHICH)
     turn = items * 0
-    items = items_with_work(items, batch, HV, K, V, 1, SEGMENTS, False)
-    sequence = sequence_of(gl.program_id(0), batch, HV, V, 1)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, 1, SEGMENTS, False, FACTORS)
-        # of the next item, which then does not wait for it
-        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, 1)
+    works_s, found, done = works
+    for each in range(number_of_items(works)):
+        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
+        work = published(works_s.index(each % FOUND))
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -452,11 +588,12 @@ def output(
             first = end - length
             last_row = first + gl.minimum((first_chunk + chunks) * C, length)
             write_zeros(o_ptr, first + first_chunk * C, last_row, hv, first_row, stride_o_t, stride_o_h, 1)
+        mbarrier.arrive(done.index(each % FOUND))
 
 
 @gluon.jit
 def state(
-    tiles, pointers, strides, batch, items,
+    tiles, works, initial_tiles, pointers, strides, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
@@ -467,8 +604,7 @@ def state(
             S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
         else:
             p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles[7:]
-    initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr = pointers
-    kind_ptr, first_ptr = batch[5:7]
+    initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr, kind_ptr, first_ptr = pointers
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -481,12 +617,12 @@ def state(
     HAS_OUTPUT: gl.constexpr = PARTS == 2 and not IS_MAP
     zeros = gl.zeros([C, C], gl.float32, narrow)
     turn = items * 0
-    items = items_with_work(items, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP)
-    sequence = sequence_of(gl.program_id(0), batch, HV, V, PARTS)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        work = work_of(taken(item, items, batch), sequence, batch, HV, K, V, PARTS, SEGMENTS, IS_MAP, FACTORS)
-        # of the next item, which then does not wait for it
-        sequence = sequence_of(taken(item + gl.num_programs(0), items, batch), batch, HV, V, PARTS)
+    # turns that brought a state
+    states = items * 0
+    works_s, found, done = works
+    for each in range(number_of_items(works)):
+        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
+        work = published(works_s.index(each % FOUND))
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
@@ -515,7 +651,14 @@ def state(
             if first_ptr is not None:
                 if exists & (not (later | is_last)):
                     S = gl.load(first_ptr + (first_number * HV + hv) * (V * K) + inner)
-            if initial_ptr is not None:
+            if initial_tiles is not None:
+                if known:
+                    stage = turn % STAGES
+                    mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+                    S = loaded_state(tiles, stage, initial_tiles, K, PART, wide)
+                    turn += 1
+                    states += 1
+            elif initial_ptr is not None:
                 if known:
                     S = gl.load(initial_ptr + (read * stride_initial + hv * (V * K)) + inner).to(gl.float32)
         S16 = S.to(dtype)
@@ -539,7 +682,9 @@ def state(
                 else:
                     v = v_s.index(stage).slice(PART * C, C).permute((1, 0)).load(narrow)
                 if HANDS_OVER:
-                    # chunks go to one warpgroup and the other; the chunk before has to be taken
+                    # chunks go to one warpgroup and the other; the chunk before has to be taken. Four warps that begin
+                    # together are 1 % faster
+                    _barrier()
                     mbarrier.wait(S_taken.index((turn + 1) % 2), ((turn + 1) // 2 + 1) & 1)
                     S_s.store(S16)
                 S_operand = gl.convert_layout(S16, operand)
@@ -549,9 +694,13 @@ def state(
                     mbarrier.arrive(S_formed.index(turn % 2))
                 if HAS_OUTPUT:
                     # what is left of the chunk before, while the matrix units work
+                    if initial_tiles is not None:
+                        # the state's stage, not before the product has it in registers: arriving waits for no load
+                        if (i == 0) & known:
+                            mbarrier.arrive(free.index((turn - 1) % STAGES))
                     if i > 0:
                         mbarrier.arrive(free.index((turn - 1) % STAGES))
-                        mbarrier.wait(o_free, turn & 1)
+                        mbarrier.wait(o_free, (turn + states) & 1)
                         o_s.slice(PART * C, C).permute((1, 0)).store(o)
                         mbarrier.arrive(o_ready)
                 ks = warpgroup_mma_wait(0, [ks])
@@ -597,10 +746,15 @@ def state(
                 turn += 1
             if HAS_OUTPUT:
                 if chunks > 0:
-                    mbarrier.wait(o_free, turn & 1)
+                    mbarrier.wait(o_free, (turn + states) & 1)
                     o_s.slice(PART * C, C).permute((1, 0)).store(o)
                     mbarrier.arrive(o_ready)
                     mbarrier.arrive(free.index((turn - 1) % STAGES))
+        # read again: kept along the chunks they would be spilled
+        work = published(works_s.index(each % FOUND))
+        hv, first_row, number, write, keep, kind = work[5], work[6], work[10], work[14], work[16], work[20]
+        rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
+        inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
         if keep:
             if IS_MAP:
                 to = final_ptr + (number * HV + hv) * ((V + K) * K)
@@ -609,17 +763,21 @@ def state(
             else:
                 to = final_ptr + (write * stride_final + hv * (V * K))
             gl.store(to + inner, S.to(to.dtype.element_ty))
+        if HAS_OUTPUT and initial_tiles is not None:
+            if work[15] & (work[2] == 0):
+                mbarrier.arrive(free.index((turn - 1) % STAGES))
+        mbarrier.arrive(done.index(each % FOUND))
     wait_for_predecessors()
 
 
 @gluon.jit
 def first_state(
-    tiles, pointers, strides, batch, items,
+    tiles, works, initial_tiles, pointers, strides, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
-    state(tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0)
+    state(tiles, works, initial_tiles, pointers, strides, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0)
     return (items,)
 
 
@@ -635,6 +793,7 @@ def hopper_scan_kernel(
     factor_tiles,
     v_tiles,
     o_tiles,
+    initial_tiles,
     o_ptr,
     initial_ptr,
     start_ptr,
@@ -659,9 +818,9 @@ def hopper_scan_kernel(
     checkpoint_chunks: gl.int32,
     stride_o_t,
     stride_o_h,
-    stride_initial,
-    stride_final,
-    stride_checkpoint,
+    stride_initial: gl.int64,
+    stride_final: gl.int64,
+    stride_checkpoint: gl.int64,
     scale,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -727,6 +886,13 @@ def hopper_scan_kernel(
         mbarrier.init(o_ready, count=PARTS)
         mbarrier.init(o_free, count=1)
         own = (p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free)
+    works_s = gl.allocate_shared_memory(gl.int32, [FOUND, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    found = gl.allocate_shared_memory(gl.int64, [FOUND, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [FOUND, 1], mbarrier.MBarrierLayout())
+    for which in gl.static_range(FOUND):
+        mbarrier.init(found.index(which), count=1)
+        mbarrier.init(done.index(which), count=PARTS if IS_MAP else 3)
+    works = (works_s, found, done)
     fence_async_shared()
 
     # sizes stay out of these tuples, where they would no longer be constants
@@ -734,37 +900,43 @@ def hopper_scan_kernel(
         cu_seqlens_ptr, read_ptr, write_ptr, has_initial_ptr, factor_ptr, kind_ptr, first_ptr, order_ptr,
         N, T, num_slots, pad_slot_id, num_ordered,
     )  # fmt: skip
-    tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles)
+    tensors = (q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles, initial_tiles)
     tiles = loaded + own
-    pointers = (initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr)
+    pointers = (initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr, kind_ptr, first_ptr)
     strides = (stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks)
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, works, initial_tiles, pointers, strides, items,
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (first_state, (tiles, works, initial_tiles, pointers, strides, items,
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (state, (tiles, works, initial_tiles, pointers, strides, items,
+                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+            (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+            (first_state, (tiles, works, initial_tiles, pointers, strides, items,
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (output, (tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
                       HV, K, V, SEGMENTS, STAGES, FACTORS, 0)),
-            (output, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+            (output, (tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
                       HV, K, V, SEGMENTS, STAGES, FACTORS, 1)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (first_state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
-            (state, (tiles, pointers, strides, batch, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
-            (auxiliary, (tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, batch, items,
+            (first_state, (tiles, works, initial_tiles, pointers, strides, items,
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (state, (tiles, works, initial_tiles, pointers, strides, items,
+                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+            (auxiliary, (tiles, works, initial_tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
                          HV, K, V, PARTS, SEGMENTS, STAGES, FACTORS)),
-            (loader, (tensors, loaded, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+            (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
@@ -797,6 +969,25 @@ def packed_tiles(y, lower_columns):
     half, tile = CHUNK // 2, [CHUNK // 2, lower_columns]
     upper = launch.descriptor(y, [y.numel() // CHUNK, CHUNK], [CHUNK, 1], [half, CHUNK], _layout(y, (half, CHUNK)))
     return upper, launch.descriptor(y, [y.numel() // half, half], [half, 1], tile, _layout(y, tile))
+
+
+def state_tiles(states):
+    """Descriptor of blocks of ``states``, [slots, HV, V, K]: 128 bytes of each of 64 rows."""
+    slots, HV, V, K = states.shape
+    width = 128 // states.element_size()
+    shape = (1, 1, CHUNK, width)
+    strides = [width, HV * V * K if slots == 1 else states.stride(0), K, 1]
+    return launch.descriptor(states, [K // width, slots, HV * V, width], strides, shape, _layout(states, shape))
+
+
+def fits_tiles(states):
+    """Whether :func:`state_tiles` can be made."""
+    return (
+        states is not None
+        and states.element_size() in (2, 4)
+        and states.data_ptr() % 16 == 0
+        and states.stride(0) * states.element_size() % 16 == 0
+    )
 
 
 def fits(q, k, v, o):
@@ -881,6 +1072,7 @@ def scan(
             *tiles,
             tiles_of(v, rows),
             tiles_of(o, rows),
+            state_tiles(initial) if config.parts == 2 and not is_map and fits_tiles(initial) else None,
             o,
             initial,
             starts,
