@@ -440,10 +440,10 @@ HOPPER_MAP_WIDE = HopperScanConfig(parts=2, stages=3, state_registers=232, auxil
 # SMs that a narrow program each may fill; a 64th row's bits are the same in either program. H100, 2026-11-25, us of the
 # whole, narrow and wide: 2/8 8x1024 53, 63; 16/48 1x2048 64, 87; 4/16 8x1024 73, 68; 16/32 8x1024 152, 149.
 HOPPER_SMS = 132
-# The scan takes sequences in order, longest first, while a program has at most so many of their heads; with more all
-# have about as much in any order. 64 sequences of 37 to 769 tokens, throughput, H100, 2026-11-26, us without and with,
-# heads 2/8 128, 121; 4/16 235, 233; 8/32 454, 448; 16/48 664, 670; 16/64 868, 874.
-ORDERED_ROUNDS = 16
+# The scan takes sequences in order, longest first, while a program has at most so many of their heads; beyond, nothing
+# was measured. 64 sequences of 37 to 769 tokens, throughput, H100, 2026-11-26, us without and with, heads 2/8 128, 121;
+# 4/16 235, 233; 8/32 454, 448; and since items are found ahead 16/48 640, 612; 16/64 838, 779 (31 rounds).
+ORDERED_ROUNDS = 32
 
 
 def hopper_scan_config(head_v_dim: int, states: int) -> HopperScanConfig:
