@@ -251,6 +251,25 @@ def test_inverses_share_keys_in_whole_rounds(
     assert chunk_hopper_inverse.shares(places, num_v_heads, ratio) == wanted
 
 
+def test_states_are_copied_as_tiles_where_slots_lie_on_16_bytes() -> None:
+    from gdn_kernels.kernels.chunk_hopper import fits_tiles
+
+    pool = torch.zeros(3, 2, 64, 64)
+    for states in (
+        pool,
+        pool[:1],
+        pool[1:],
+        pool.bfloat16(),
+        pool.half(),
+        torch.zeros(3, 8196)[:, :8192].view(pool.shape),
+    ):
+        assert fits_tiles(states)
+    unaligned = torch.zeros(3 * 8193)[1:8193].view(1, 2, 64, 64)
+    apart = torch.zeros(3, 8193)[:, :8192].view(pool.shape)
+    for states in (None, pool[:0], pool.double(), pool[:1].expand(3, -1, -1, -1), unaligned, apart):
+        assert not fits_tiles(states)
+
+
 # Configurations of the scan in Gluon have 64 rows of the state a part.
 @pytest.mark.parametrize(
     "head_v_dim, states, parts",

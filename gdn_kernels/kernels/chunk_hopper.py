@@ -7,13 +7,13 @@ With Y of kernels/chunk_hopper_inverse.py, which gates, beta and inverse norms o
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one; then it
-takes its next such item. The loading warp runs ahead: it finds what an item is, tells the others through shared memory,
-and copies tiles there; with 128 rows first the state that the item starts from, in the place of one chunk's tiles, so
-that nobody waits for it when the item before ends. Each 64 rows of the state have a
-warpgroup, which holds them in registers, as fp32 and as operand, everything transposed. Its chain of products, k S^T,
-U and S, is what a lone sequence waits for. So with 64 rows it does no more, and hands S and U to two warpgroups that
-form P and o, in turn. With 128 rows there are registers for one auxiliary warpgroup, which forms P and copies o, and
-the two of the state fill each other's gaps. Rows have the same bits in either size of program.
+takes its next such item. The loading warp runs ahead: it finds what an item is, tells the others through shared
+memory, and copies tiles there; with 128 rows first the state that the item starts from, in the place of one chunk's
+tiles, so that nobody waits for it when the item before ends. Each 64 rows of the state have a warpgroup, which holds
+them in registers, as fp32 and as operand, everything transposed. Its chain of products, k S^T, U and S, is what a
+lone sequence waits for. So with 64 rows it does no more, and hands S and U to two warpgroups that form P and o, in
+turn. With 128 rows there are registers for one auxiliary warpgroup, which forms P and copies o, and the two of the
+state fill each other's gaps. Rows have the same bits in either size of program.
 
 Rows of a tile past the end of the sequence arrive as zeros and are not written: a descriptor's first two dimensions
 shift its base so that its third ends where the sequence does (the addresses wrap at 2^64). So no neighbour's token,
@@ -309,8 +309,8 @@ def block_of(tile, i: gl.constexpr, like, IS_FLAT: gl.constexpr):
 
 @gluon.jit
 def block_of_state(tiles, stage, part: gl.constexpr, i: gl.constexpr, like, IS_FLAT: gl.constexpr):
-    """Where 128 bytes of each of 64 rows of a state lie that comes before an item's chunks: in the tiles of a stage,
-    which two parts of K = 128 in fp32 fill."""
+    """Where the ``i``-th 128 bytes of 64 rows of a state lie that comes before an item's chunks: in the tiles of a
+    stage, which 128 rows of 128 fp32 fill."""
     q_s, k_s, v_s, y_s = tiles[:4]
     p_s = tiles[7]
     if part == 0:
@@ -428,6 +428,7 @@ def write_zeros(o_ptr, first, last, hv, first_row, stride_o_t, stride_o_h, PARTS
     o16 = gl.arange(0, 16, gl.SliceLayout(1, layout))
     columns = gl.arange(0, C, gl.SliceLayout(0, layout))
     zeros = gl.zeros([16, C], o_ptr.dtype.element_ty, layout)
+    # a multiple of C, which the compiler cannot know of what was published: it makes stores wide
     base = o_ptr + (hv.to(gl.int64) * stride_o_h + first_row // C * C)
     for i in range(first, last, 16):
         for part in gl.static_range(PARTS):
@@ -982,12 +983,12 @@ def state_tiles(states):
 
 def fits_tiles(states):
     """Whether :func:`state_tiles` can be made."""
-    return (
-        states is not None
-        and states.element_size() in (2, 4)
-        and states.data_ptr() % 16 == 0
-        and states.stride(0) * states.element_size() % 16 == 0
-    )
+    if states is None or states.element_size() not in (2, 4):
+        return False
+    slots, step = states.shape[0], states.stride(0)
+    # slots that share memory, as an expanded tensor's, are no tensor of TMA's
+    in_steps = slots == 1 or (slots > 1 and step >= states[0].numel() and step * states.element_size() % 16 == 0)
+    return in_steps and states.data_ptr() % 16 == 0
 
 
 def fits(q, k, v, o):
