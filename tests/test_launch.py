@@ -329,9 +329,9 @@ def test_throughput_looks_at_the_number_of_sequences() -> None:
 def test_sequences_are_in_order_where_programs_take_several_of_them(head_v_dim: int, items: int) -> None:
     from gdn_kernels.kernels import chunk_segments
 
-    found = [count for count in range(1, 3000) if chunk_segments.in_order(count, 1, head_v_dim, 132)]
-    assert found == list(range(132 // items + 1, 16 * 132 // items + 1))
-    assert found == [c for c in range(1, 3000) if chunk_segments.in_order(1, c, head_v_dim, 132)]
+    found = [count for count in range(1, 5000) if chunk_segments.in_order(count, 1, head_v_dim, 132)]
+    assert found == list(range(132 // items + 1, 32 * 132 // items + 1))
+    assert found == [c for c in range(1, 5000) if chunk_segments.in_order(1, c, head_v_dim, 132)]
 
 
 @pytest.mark.parametrize("policy", launch.POLICIES)
