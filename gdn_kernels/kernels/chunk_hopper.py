@@ -55,7 +55,6 @@ LOADER_REGISTERS = gl.constexpr(32)
 # Triton 3.9 has new names for what 3.6 has.
 _load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
-
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 _memory = gl.shared_memory_descriptor
@@ -286,6 +285,14 @@ def published(work_s):
 
 
 @gluon.jit
+def found_item(works, each):
+    """What the loading warp found of item ``each`` of the program, as soon as it has."""
+    works_s, found, done = works
+    mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
+    return published(works_s.index(each % FOUND))
+
+
+@gluon.jit
 def number_of_items(works):
     """Of this program, as soon as its loading warp knows."""
     works_s, found, done = works
@@ -333,7 +340,7 @@ def block_of_state(tiles, stage, part: gl.constexpr, i: gl.constexpr, like, IS_F
 
 @gluon.jit
 def side_by_side(a, b):
-    """Two tensors of 64 rows, one beside the other."""
+    """Two tensors of as many rows, one beside the other."""
     return gl.join(a, b).permute((0, 2, 1)).reshape([a.shape[0], 2 * a.shape[1]])
 
 
@@ -358,7 +365,8 @@ def loader(
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of each chunk, as stages come free: of the next item too, before this one is done."""
+    """What each item is, for the program's other warps; the state it starts from, if that comes as tiles; and tiles of
+    each chunk, as stages come free: of the next item too, before this one is done."""
     q_tiles, k_tiles, v_tiles, upper_tiles, lower_tiles, factor_tiles, initial_tiles = tensors
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
     BASE: gl.constexpr = (C * K + C * C) * 2 + FACTORS * C * 4
@@ -472,8 +480,7 @@ def auxiliary(
     states = items * 0
     works_s, found, done = works
     for each in range(number_of_items(works)):
-        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
-        work = published(works_s.index(each % FOUND))
+        work = found_item(works, each)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         v_column = hv * V + first_row
         if active:
@@ -546,8 +553,7 @@ def output(
     turn = items * 0
     works_s, found, done = works
     for each in range(number_of_items(works)):
-        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
-        work = published(works_s.index(each % FOUND))
+        work = found_item(works, each)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         if active:
             for i in range((turn + WHICH) % 2, chunks, 2):
@@ -593,6 +599,13 @@ def output(
 
 
 @gluon.jit
+def part_of_state(first_row, K: gl.constexpr, layout: gl.constexpr):
+    """64 rows of a state from ``first_row`` on, and where their elements lie in it."""
+    rows = first_row + gl.arange(0, C, gl.SliceLayout(1, layout))
+    return rows, rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
 def state(
     tiles, works, initial_tiles, pointers, strides, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
@@ -622,13 +635,11 @@ def state(
     states = items * 0
     works_s, found, done = works
     for each in range(number_of_items(works)):
-        mbarrier.wait(found.index(each % FOUND), (each // FOUND) & 1)
-        work = published(works_s.index(each % FOUND))
+        work = found_item(works, each)
         active, first_chunk, chunks, end, length, hv, first_row, chunk_number, ahead = work[:9]
         n, number, later, is_last, read, write, known, keep, first_number, joined, exists, kind = work[9:]
         has_values = first_row < V
-        rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
-        inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+        rows, inner = part_of_state(first_row + PART * C, K, wide)
         checkpoint = n * 0
         checkpoint_end = n * 0
         if checkpoint_ptr is not None:
@@ -754,8 +765,7 @@ def state(
         # read again: kept along the chunks they would be spilled
         work = published(works_s.index(each % FOUND))
         hv, first_row, number, write, keep, kind = work[5], work[6], work[10], work[14], work[16], work[20]
-        rows = first_row + PART * C + gl.arange(0, C, gl.SliceLayout(1, wide))
-        inner = rows[:, None] * K + gl.arange(0, K, gl.SliceLayout(0, wide))[None, :]
+        _, inner = part_of_state(first_row + PART * C, K, wide)
         if keep:
             if IS_MAP:
                 to = final_ptr + (number * HV + hv) * ((V + K) * K)
@@ -987,7 +997,7 @@ def fits_tiles(states):
         return False
     slots, step = states.shape[0], states.stride(0)
     # slots that share memory, as an expanded tensor's, are no tensor of TMA's
-    in_steps = slots == 1 or (slots > 1 and step >= states[0].numel() and step * states.element_size() % 16 == 0)
+    in_steps = slots == 1 or (slots > 1 and step >= states.shape[1:].numel() and step * states.element_size() % 16 == 0)
     return in_steps and states.data_ptr() % 16 == 0
 
 
