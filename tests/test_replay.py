@@ -225,17 +225,30 @@ def described(argument):
 def test_a_replay_makes_descriptors_around_new_pointers(device):
     compiled, x = Compiled(), torch.zeros(32, 16)
     repeat, _ = record_descriptors(compiled, padding="nan")
-    made = [repeat(x.data_ptr()) for _ in range(2)]
+    y = torch.zeros(32, 16)
+    given = (x, x, y, x)
+    made = [repeat(each.data_ptr()) for each in given]
     calls = [arguments[9:] for arguments in compiled.calls]
-    for (first, n, second, pointer, third, constant), out in zip(calls, made, strict=True):
-        assert (n, pointer, constant) == (5, x.data_ptr(), "constexpr")
-        assert described(first) == (x.data_ptr(), (32, 16), (16, 1), "zero", False)
-        assert described(second) == (x[8:].data_ptr(), (24, 16), (16, 1), "nan", False)
+    for (first, n, second, pointer, third, constant), each, out in zip(calls, given, made, strict=True):
+        assert (n, pointer, constant) == (5, each.data_ptr(), "constexpr")
+        assert described(first) == (each.data_ptr(), (32, 16), (16, 1), "zero", False)
+        assert described(second) == (each[8:].data_ptr(), (24, 16), (16, 1), "nan", False)
         assert described(third) == (out.data_ptr(), (24, 16), (16, 1), "zero", False)
-    # another thread may be in a launch with the last call's
-    assert not {id(argument) for argument in calls[0] if isinstance(argument, replay.Descriptor)} & set(
-        map(id, calls[1])
-    )
+    # made again for another pointer only, and never changed: another thread may be in a launch with it
+    assert calls[1][0] is calls[0][0] and calls[1][2] is calls[0][2]
+    assert not {id(calls[i][j]) for i in (0, 2) for j in (0, 2)} & {id(calls[3][j]) for j in (0, 2)}
+
+
+def test_launches_share_what_is_made_of_one_pointer(device):
+    compiled, x = Compiled(), torch.zeros(32, 16)
+    recording = replay.Recording("stand-in", [x])
+    with recording:
+        out = launch.empty(x, 8)
+        for padding in ("zero", "zero", "nan"):
+            recording.launched(compiled, (1,), (descriptor(x, padding=padding), out))
+    recording.replay(out)(x.data_ptr())
+    first, second, other = (arguments[9] for arguments in compiled.calls)
+    assert first is second and described(other) == (x.data_ptr(), (32, 16), (16, 1), "nan", False)
 
 
 def test_a_replay_keeps_no_described_tensor_alive(device):
@@ -316,7 +329,7 @@ def test_a_replay_hands_over_what_tritons_launcher_does(device, monkeypatch, wra
     is_36 = not hasattr(triton.run, "kernel_signature")
     constants = dict(zip(repeat.__code__.co_freevars, repeat.__closure__, strict=True))
     assert (constants["start0"].cell_contents == triton.launch) is (is_36 and wrapper == "known")
-    assert f"make0_{13 if is_36 else 9}(p0, c0_" in sources[0]
+    assert "d0 = m[1] if m[0] == p0 else renew(memo, 0, p0, make0, given0_0" in sources[0]
 
 
 @pytest.fixture
