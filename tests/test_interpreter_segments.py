@@ -34,8 +34,10 @@ def num_maps(count, tokens, cu_seqlens, config):
     return chunk_segments.num_places(count, tokens, cu_seqlens, config, config.long_tokens)
 
 
-def tokens_a_place(config):
-    return chunk_segments.tokens_a_place(config, config.long_tokens)
+def first_place(n, start, config):
+    """Of a packed sequence, past those of all sequences."""
+    most = max(config.max_segments, config.most_segments) - 1
+    return min(int(start) // chunk_segments.tokens_a_place(config, config.long_tokens), n * most)
 
 
 def cut(length, config):
@@ -90,7 +92,7 @@ def check_table(found, lengths, config, cu_seqlens=None):
         per_segment = max(1, parts[0][1])
         rows = [[n, j, len(parts), *part, batch, start, length, per_segment] for j, part in enumerate(parts)]
         wanted[n] = rows.pop()
-        number = n * len(rows) if cu_seqlens is None else start // tokens_a_place(config)
+        number = n * len(rows) if cu_seqlens is None else first_place(n, start, config)
         for j, row in enumerate(rows):
             place = len(lengths) + number + j
             assert place not in wanted
@@ -169,6 +171,14 @@ def test_segments_back_to_back_do_not_share_a_place(min_tokens):
         check_table(table(cu_seqlens, len(lengths), int(cu_seqlens[-1]), config), lengths, config, cu_seqlens)
 
 
+def test_few_long_sequences_have_no_more_places_than_segments():
+    config = settings(8, 1024, 8192)
+    for lengths, wanted in (((32768,), 7), ((28672, 4096), 14), ((8192,) * 4, 28), ((4000,) * 8, 27)):
+        cu_seqlens = offsets(lengths)
+        assert num_maps(len(lengths), sum(lengths), cu_seqlens, config) == wanted
+        check_table(table(cu_seqlens, len(lengths), sum(lengths), config), lengths, config, cu_seqlens)
+
+
 def test_offsets_that_begin_past_zero():
     lengths, config = (2500, 100), settings(8)
     cu_seqlens = offsets(lengths, first=3000)
@@ -201,7 +211,7 @@ def check(
     if dense:
         firsts = [n * (len(parts[0]) - 1) for n in range(count)]
     else:
-        firsts = [int(start) // tokens_a_place(config) for start in cu_seqlens[:-1]]
+        firsts = [first_place(n, start, config) for n, start in enumerate(cu_seqlens[:-1])]
     places = num_maps(count, tokens, cu_seqlens, config)
     maps = segment_maps(places, HV, V, K, gates)
     # what is no segment's map holds NaN
@@ -423,7 +433,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
     together = run(maps.clone(), cu_seqlens, STATES)
     for n, length in enumerate(lengths):
-        number, of_sequence = int(cu_seqlens[n]) // tokens_a_place(config), len(cut(length, config)) - 1
+        number, of_sequence = first_place(n, cu_seqlens[n], config), len(cut(length, config)) - 1
         alone = offsets((length,))
         part = maps[number : number + num_maps(1, length, alone, config)]
         found = run(part.clone(), alone, STATES[n : n + 1])

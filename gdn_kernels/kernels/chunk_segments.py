@@ -16,14 +16,14 @@ segments are walked as one, by the later one's program.
 
 Where a head's sequence is cut depends on its own length and gates and on static facts alone, so the rest of a batch
 changes none of its bits. Programs have places, without a plan from the host: place n < N is the last segment of
-sequence n, or all of it; N + cu_seqlens[n] // tokens_a_place + j is its segment j before the last. Maps and starts are
-numbered likewise, where only sequences of MAP tokens or more count.
+sequence n, or all of it; N + min(cu_seqlens[n] // tokens_a_place, n times as many as a sequence may have) + j is its
+segment j before the last. Maps and starts are numbered likewise, where only sequences of MAP tokens or more count.
 
 maps [segment, HV, V + K, K] holds B, then A; starts [segment, HV, V, K] what the next segment starts from; kinds
 [segment, HV] is 0 for a map, 1 where that start is there without one, 2 where it is not needed. firsts
-[cu_seqlens[n] // LONG, HV, V, K] holds what a sequence that may be cut starts from: a pool's slot may be written by its
-last segment before its first has read it. States are fp32, K last. The products of the joining are of fp32 operands in
-three products of tf32 each, about fp32's precision: what a map loses, every later token loses.
+[min(cu_seqlens[n] // LONG, n), HV, V, K] holds what a sequence that may be cut starts from: a pool's slot may be
+written by its last segment before its first has read it. States are fp32, K last. The products of the joining are of
+fp32 operands in three products of tf32 each, about fp32's precision: what a map loses, every later token loses.
 
 Left out: joining maps pairwise, in a logarithm of the steps; at most 16 segments do not pay for the products of maps.
 """
@@ -67,12 +67,18 @@ def tokens_a_place(segments, at_least):
     return tokens
 
 
+@triton.constexpr_function
+def places_a_sequence(segments):
+    """Places that no sequence needs more of."""
+    return max(segments.max_segments, segments.most_segments) - 1
+
+
 @triton.jit
 def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
     """A number that no other sequence of LONG tokens or more has: of sequence ``n``, whose first token is ``start``."""
     number = n
     if cu_seqlens_ptr is not None:
-        number = start // LONG
+        number = tl.minimum(start // LONG, n)
     return number
 
 
@@ -80,7 +86,7 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 def first_place(cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: tl.constexpr):
     """Place of the first segment of sequence ``n``, whose first token is ``start``, past N."""
     if cu_seqlens_ptr is not None:
-        place = start // tokens_a_place(SEGMENTS, AT_LEAST)
+        place = tl.minimum(start // tokens_a_place(SEGMENTS, AT_LEAST), n * places_a_sequence(SEGMENTS))
     else:
         segments, _ = cut(T, SEGMENTS)
         place = n * (segments - 1)
@@ -109,7 +115,9 @@ def segment_of(
     n = place
     if number >= 0:
         if cu_seqlens_ptr is not None:
+            # the last whose first place is not past this one
             n = last_before(cu_seqlens_ptr, number, asked, N, T, tokens_a_place(SEGMENTS, AT_LEAST), 0)
+            n = tl.maximum(n, tl.minimum(number // max(places_a_sequence(SEGMENTS), 1), N - 1))
         else:
             of_row, _ = cut(T, SEGMENTS)
             n = tl.minimum(number // tl.maximum(of_row - 1, 1), number * 0 + N - 1)
@@ -209,6 +217,7 @@ def combine_kernel(
     number = n
     if cu_seqlens_ptr is not None:
         n = last_before(cu_seqlens_ptr, number, tl.arange(0, 64), N, T, MAP_TOKENS, 0)
+        n = tl.maximum(n, tl.minimum(number, N - 1))
     _, start, length = span(cu_seqlens_ptr, n, T)
     if PDL:
         tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_predecessors
@@ -248,7 +257,7 @@ def num_long(count, tokens, cu_seqlens, long_tokens):
     """Numbers of sequences of ``long_tokens`` or more, of ``count`` in ``tokens`` tokens, or each of as many."""
     if count == 0 or tokens < long_tokens:
         return 0
-    return count if cu_seqlens is None else tokens // long_tokens
+    return count if cu_seqlens is None else min(count, tokens // long_tokens)
 
 
 def num_segments(length, config):
@@ -264,7 +273,7 @@ def num_places(count, tokens, cu_seqlens, config, at_least):
     if config.max_segments == 1 or count == 0 or tokens < at_least:
         return 0
     if cu_seqlens is not None:
-        return tokens // tokens_a_place(config, at_least)
+        return min(tokens // tokens_a_place(config, at_least), count * places_a_sequence(config))
     return count * (num_segments(tokens, config) - 1)
 
 
