@@ -51,9 +51,31 @@ def test_segments_match_fp64(shape, keys, gates):
 
 @pytest.mark.parametrize("gates", ["random", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_ladders_segments_match_fp64(dtype, gates):
-    inputs = delta_inputs((8192, 70), H=1, HV=4, K=128, V=128, dtype=dtype, device="cuda", gates=gates)
+@pytest.mark.parametrize("lengths", [(8192, 70), (70, 0, 9300)], ids=str)
+def test_the_ladders_segments_match_fp64(lengths, dtype, gates):
+    inputs = delta_inputs(lengths, H=1, HV=4, K=128, V=128, dtype=dtype, device="cuda", gates=gates)
     check(inputs, *run(inputs))
+
+
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_queries_and_keys_of_any_length(dtype, K):
+    # products of theirs exceed what fp16 holds; several items a program, some without a chunk
+    lengths = (100, 1, 0, 64, 200) * 9
+    inputs = delta_inputs(lengths, H=8, HV=16, K=K, V=128, dtype=dtype, device="cuda")
+    token = torch.arange(inputs.q.shape[1], device="cuda")[None, :, None, None]
+    q, k = inputs.q * 2.0 ** (token % 13), inputs.k * 2.0 ** (token * 5 % 13)
+    inputs = dataclasses.replace(inputs, q=q.to(dtype), k=k.to(dtype))
+    assert (inputs.q[:, :64].float().permute(0, 2, 1, 3) @ inputs.k[:, :64].float().permute(0, 2, 3, 1)).max() > 2**20
+    wanted, wanted_state = oracle(inputs, initial_state=inputs.initial_state, use_qk_l2norm=True)
+    found = []
+    for config in (launch.HOPPER_SCAN_NARROW, launch.HOPPER_SCAN_WIDE):
+        with launch.pinned("chunk_hopper_scan", config):
+            o, state = run(inputs, use_qk_l2norm=True)
+        assert_close(o, wanted, BUDGET, "o")
+        assert_close(state, wanted_state, BUDGET, "state")
+        found.append((o, state))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("use_qk_l2norm", [False, True])

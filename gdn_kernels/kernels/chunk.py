@@ -198,8 +198,12 @@ def _launch(
         from gdn_kernels.kernels import chunk_hopper, chunk_hopper_inverse
 
         y = launch.empty(q, places, HV, chunk_hopper.PACKED.value)
+        # o is multiplied by the norms of q, where nothing waits for them. Without them P may exceed what fp16 holds:
+        # there they are in P, and come from the inverses
+        norms_in_scan = use_qk_l2norm and q.dtype is torch.bfloat16
         # with scale / |q| a third row, and one for TMA, which takes powers of two
-        factors = launch.empty(q, places, HV, 4 if use_qk_l2norm else 2, CHUNK, dtype=torch.float32)
+        rows = 4 if use_qk_l2norm and not norms_in_scan else 2
+        factors = launch.empty(q, places, HV, rows, CHUNK, dtype=torch.float32)
         segments = launch.config("chunk_segments", HV, V, target, launch.prefill_policy(), count * HV)
         firsts = None
         num_long = chunk_segments.num_long(count, tokens, cu_seqlens, segments.long_tokens)
@@ -239,6 +243,7 @@ def _launch(
             initial,
             final,
             scale=scale,
+            norms_in_scan=norms_in_scan,
             config=launch.config(
                 "chunk_hopper_scan", V, chunk_segments.num_states(count, batch * tokens, HV, segments)
             ),

@@ -6,6 +6,8 @@ With Y of kernels/chunk_hopper_inverse.py, which gates, beta and inverse norms o
     W = v - gamma * (k^ S^T),   U = Y^T W
     o = scale gamma * (q^ S^T) + P U,   S <- gamma_C S + ((gamma_C / gamma) * U)^T k
 
+In bf16 the norms of q are formed here, and o is multiplied by their inverses, at last: nothing waits for them.
+
 A program owns 64 or 128 rows of one head's state and walks the chunks of a sequence, or of a segment of one; then it
 takes its next such item. The loading warp runs ahead: it finds what an item is, tells the others through shared
 memory, and copies tiles there; with 128 rows first the state that the item starts from, in the place of one chunk's
@@ -36,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from gdn_kernels import launch
-from gdn_kernels.kernels import chunk_prep, chunk_segments, recurrent
+from gdn_kernels.kernels import _math, chunk_prep, chunk_segments, recurrent
 
 CHUNK = 64
 C = gl.constexpr(CHUNK)
@@ -49,6 +51,7 @@ PACKED = gl.constexpr(32 * 64 + 32 * 32)
 # Items that are found ahead at most, and numbers that say what one is, the last of them how many a program has.
 FOUND = gl.constexpr(4)
 FIELDS = gl.constexpr(32)
+L2NORM_EPS = gl.constexpr(recurrent.L2NORM_EPS.value)
 # Registers a thread of the loading warp.
 LOADER_REGISTERS = gl.constexpr(32)
 
@@ -62,6 +65,7 @@ _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret
 
 span = gluon.jit(recurrent.span.fn)
 slots = gluon.jit(recurrent.slots.fn)
+inv_l2norm = gluon.jit(_math.inv_l2norm.fn)
 place_of = gluon.jit(chunk_prep.place_of.fn)
 segment_of = gluon.jit(chunk_segments.segment_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
@@ -463,15 +467,27 @@ def decay_between(factors, layout: gl.constexpr):
 
 
 @gluon.jit
+def inverse_norms(q, layout: gl.constexpr):
+    """1 / |q| of each row of q, an operand in bf16; the same bits in every program."""
+    # bf16 are the upper halves of fp32; two instructions a pair, where a conversion takes three
+    q = gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [q], dtype=gl.float32, is_pure=True, pack=2
+    )
+    return gl.convert_layout(inv_l2norm(gl.sum(q * q, 1), L2NORM_EPS), layout)
+
+
+@gluon.jit
 def auxiliary(
     tiles, works, initial_tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, HAS_NORMS: gl.constexpr,
 ):  # fmt: skip
     """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
     earlier chunk's output, two chunks behind so that no P waits for it."""
-    q_s, k_s, v_s, y_s, factor_s, ready, free, p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles
+    q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
+    p_s, o_s, decay_s, scale_s, norm_s, p_ready, norm_ready, o_ready, o_free = tiles[7:]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zeros = gl.zeros([C, C], gl.float32, layout)
@@ -490,6 +506,8 @@ def auxiliary(
                     stage = turn % STAGES
                     mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
                     mbarrier.arrive(p_ready.index(stage))
+                    if HAS_NORMS:
+                        mbarrier.arrive(norm_ready.index(stage))
                     mbarrier.arrive(free.index(stage))
                     turn += 1
                     states += 1
@@ -517,6 +535,9 @@ def auxiliary(
                     p_s.index(stage).store((p * decay).to(p_s.dtype))
                     fence_async_shared()
                     mbarrier.arrive(p_ready.index(stage))
+                    if HAS_NORMS:
+                        norm_s.index(stage).store(inverse_norms(q_s.index(stage).load(operand), rows))
+                        mbarrier.arrive(norm_ready.index(stage))
                     mbarrier.arrive(free.index(stage))
                 if i > 1:
                     mbarrier.wait(o_ready, (turn + states + i) & 1)
@@ -537,7 +558,7 @@ def auxiliary(
 def output(
     tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, WHICH: gl.constexpr,
+    SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, HAS_NORMS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """P and o of every second chunk, from the state and U that the state's warpgroup hands over."""
     q_s, k_s, v_s, y_s, factor_s, ready, free, S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles
@@ -583,6 +604,8 @@ def output(
                 o = warpgroup_mma(p, u_s.permute((1, 0)), o, is_async=True)
                 o = warpgroup_mma_wait(0, [o])
                 mbarrier.arrive(mine_u_taken)
+                if HAS_NORMS:
+                    o *= inverse_norms(q, rows)[:, None]
                 # v of this chunk has been read: its tile takes o
                 v_s.index(stage).store(o.to(dtype))
                 fence_async_shared()
@@ -609,7 +632,7 @@ def part_of_state(first_row, K: gl.constexpr, layout: gl.constexpr):
 def state(
     tiles, works, initial_tiles, pointers, strides, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, PART: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, HAS_NORMS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """64 rows of the state along the chunks, for one item after another."""
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
@@ -617,7 +640,7 @@ def state(
         if PARTS == 1:
             S_s, u_s, S_formed, S_taken, u_formed, u_taken = tiles[7:]
         else:
-            p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free = tiles[7:]
+            p_s, o_s, decay_s, scale_s, norm_s, p_ready, norm_ready, o_ready, o_free = tiles[7:]
     initial_ptr, start_ptr, final_ptr, checkpoint_ptr, checkpoint_offset_ptr, kind_ptr, first_ptr = pointers
     stride_initial, stride_final, stride_checkpoint, num_checkpoints, checkpoint_chunks = strides
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -737,7 +760,11 @@ def state(
                     # all else
                     S = warpgroup_mma_wait(1, [S_sum])
                     S16 = S.to(dtype)
-                    o = warpgroup_mma_wait(0, [o_sum]).to(dtype)
+                    o = warpgroup_mma_wait(0, [o_sum])
+                    if HAS_NORMS:
+                        mbarrier.wait(norm_ready.index(stage), phase)
+                        o *= norm_s.index(stage).load(columns)[None, :]
+                    o = o.to(dtype)
                 else:
                     S_sum = warpgroup_mma(u_decayed, k_tile, S, is_async=True)
                     if HANDS_OVER:
@@ -785,10 +812,13 @@ def state(
 def first_state(
     tiles, works, initial_tiles, pointers, strides, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
-    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr,
+    SEGMENTS: gl.constexpr, IS_MAP: gl.constexpr, STAGES: gl.constexpr, HAS_NORMS: gl.constexpr,
 ):  # fmt: skip
     """:func:`state` for the program's own warps, whose part has to return something."""
-    state(tiles, works, initial_tiles, pointers, strides, items, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 0)
+    state(
+        tiles, works, initial_tiles, pointers, strides, items,
+        HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS, 0,
+    )  # fmt: skip
     return (items,)
 
 
@@ -842,6 +872,7 @@ def hopper_scan_kernel(
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     FACTORS: gl.constexpr,
+    HAS_NORMS: gl.constexpr,
     STATE_REGISTERS: gl.constexpr,
     AUXILIARY_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
@@ -896,7 +927,14 @@ def hopper_scan_kernel(
             mbarrier.init(p_ready.index(stage), count=1)
         mbarrier.init(o_ready, count=PARTS)
         mbarrier.init(o_free, count=1)
-        own = (p_s, o_s, decay_s, scale_s, p_ready, o_ready, o_free)
+        norm_s = scale_s
+        norm_ready = p_ready
+        if HAS_NORMS:
+            norm_s = gl.allocate_shared_memory(gl.float32, [STAGES, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            norm_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+            for stage in gl.static_range(STAGES):
+                mbarrier.init(norm_ready.index(stage), count=1)
+        own = (p_s, o_s, decay_s, scale_s, norm_s, p_ready, norm_ready, o_ready, o_free)
     works_s = gl.allocate_shared_memory(gl.int32, [FOUND, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     found = gl.allocate_shared_memory(gl.int64, [FOUND, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [FOUND, 1], mbarrier.MBarrierLayout())
@@ -918,35 +956,35 @@ def hopper_scan_kernel(
     if IS_MAP and PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, works, initial_tiles, pointers, strides, items,
-                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS)),
             (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [1], [LOADER_REGISTERS])  # fmt: skip
     elif IS_MAP:
         gl.warp_specialize([
             (first_state, (tiles, works, initial_tiles, pointers, strides, items,
-                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS)),
             (state, (tiles, works, initial_tiles, pointers, strides, items,
-                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS, 1)),
             (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 1], [STATE_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     elif PARTS == 1:
         gl.warp_specialize([
             (first_state, (tiles, works, initial_tiles, pointers, strides, items,
-                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS)),
             (output, (tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
-                      HV, K, V, SEGMENTS, STAGES, FACTORS, 0)),
+                      HV, K, V, SEGMENTS, STAGES, FACTORS, HAS_NORMS, 0)),
             (output, (tiles, works, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
-                      HV, K, V, SEGMENTS, STAGES, FACTORS, 1)),
+                      HV, K, V, SEGMENTS, STAGES, FACTORS, HAS_NORMS, 1)),
             (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [AUXILIARY_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (first_state, (tiles, works, initial_tiles, pointers, strides, items,
-                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
+                           HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS)),
             (state, (tiles, works, initial_tiles, pointers, strides, items,
-                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS, 1)),
+                     HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, HAS_NORMS, 1)),
             (auxiliary, (tiles, works, initial_tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
-                         HV, K, V, PARTS, SEGMENTS, STAGES, FACTORS)),
+                         HV, K, V, PARTS, SEGMENTS, STAGES, FACTORS, HAS_NORMS)),
             (loader, (tensors, tiles, works, batch, items, H, HV, K, V, PARTS, SEGMENTS, IS_MAP, STAGES, FACTORS)),
         ], [4, 4, 1], [STATE_REGISTERS, AUXILIARY_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
@@ -1027,6 +1065,7 @@ def scan(
     final,
     *,
     scale,
+    norms_in_scan,
     config,
     map_config,
     segments,
@@ -1044,7 +1083,7 @@ def scan(
 ):
     """Run the scan over ``count`` sequences; long ones in segments, where ``segments`` has more than one. ``firsts``:
     copies of what long sequences start from, where their slots are written in place. ``order``: sequences, longest
-    first, where that matters."""
+    first, where that matters. ``norms_in_scan``: divide by the norms of q, which ``factors`` do not have."""
     batch, tokens, H, K = q.shape
     HV, V = v.shape[2:]
     rows_of_factors = factors.shape[2]
@@ -1120,6 +1159,8 @@ def scan(
             PARTS=config.parts,
             STAGES=config.stages,
             FACTORS=rows_of_factors,
+            # a map has no output
+            HAS_NORMS=norms_in_scan and not is_map,
             STATE_REGISTERS=config.state_registers,
             AUXILIARY_REGISTERS=config.auxiliary_registers,
         )

@@ -460,7 +460,7 @@ def hopper_inverse_kernel(
         beta = gl.load(beta_row + token * stride_beta_t, mask=valid, other=0.0)
 
         norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
-        if USE_QK_L2NORM:
+        if FACTORS > 2:
             row = gl.arange(0, C, gl.SliceLayout(1, LINES))[:, None]
             column = gl.arange(0, Q_STEP, gl.SliceLayout(0, LINES))[None, :]
             q_ptrs = q_ptr + batch * stride_q_b + first * stride_q_t + h * stride_q_h + row * stride_q_t + column
@@ -564,7 +564,7 @@ def hopper_inverse_kernel(
             factor_ptrs = factor_ptr + head * (FACTORS * C) + again
             gl.store(factor_ptrs, gates)
             gl.store(factor_ptrs + C, gl.exp2(gates) * norm_k)
-            if USE_QK_L2NORM:
+            if FACTORS > 2:
                 gl.store(factor_ptrs + 2 * C, norm_q)
             # of the next head: they are on their way while this one is worked on, and so is their chain of sums
             more = (again < left_over) & (each + 1 < heads)
@@ -720,7 +720,7 @@ def prepare_inverse(
     pad_slot_id,
 ):
     """Write Y, packed, to ``y`` [places, HV, PACKED], and zeros to the tokens of ``o`` of no sequence; to ``factors``
-    [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and with l2norm scale / |q|.
+    [places, HV, 2 or 4, C] the gates summed within the chunk, in log2, gamma / |k|, and of four rows scale / |q|.
     ``count``: sequences. To ``order`` [count], if given, their numbers, longest first. To ``firsts`` [number of a
     sequence of ``long_tokens`` or more, HV, V, K], if given, the slots ``read`` of the pool ``initial``."""
     tokens, H, K = k.shape[1:]
