@@ -69,8 +69,22 @@ def tokens_a_place(segments, at_least):
 
 @triton.constexpr_function
 def places_a_sequence(segments):
-    """Places that no sequence needs more of."""
-    return max(segments.max_segments, segments.most_segments) - 1
+    """Places that no sequence needs more of; 1 where none is cut."""
+    return max(segments.max_segments - 1, segments.most_segments - 1, 1)
+
+
+@triton.jit
+def first_number(n, start, TOKENS: tl.constexpr, EACH: tl.constexpr):
+    """What is numbered of packed sequences begins here for sequence ``n``, whose first token is ``start``: of no more
+    than one thing for TOKENS tokens, nor than EACH for a sequence."""
+    return tl.minimum(start // TOKENS, n * EACH)
+
+
+@triton.jit
+def last_numbered(cu_seqlens_ptr, number, asked, N, T, TOKENS: tl.constexpr, EACH: tl.constexpr):
+    """The last of N > 0 sequences whose :func:`first_number` is not past ``number``. ``asked``: :func:`last_before`."""
+    n = last_before(cu_seqlens_ptr, number, asked, N, T, TOKENS, 0)
+    return tl.maximum(n, tl.minimum(number // EACH, N - 1))
 
 
 @triton.jit
@@ -78,7 +92,7 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
     """A number that no other sequence of LONG tokens or more has: of sequence ``n``, whose first token is ``start``."""
     number = n
     if cu_seqlens_ptr is not None:
-        number = tl.minimum(start // LONG, n)
+        number = first_number(n, start, LONG, 1)
     return number
 
 
@@ -86,7 +100,7 @@ def number_of_long(cu_seqlens_ptr, n, start, LONG: tl.constexpr):
 def first_place(cu_seqlens_ptr, n, start, T, SEGMENTS: tl.constexpr, AT_LEAST: tl.constexpr):
     """Place of the first segment of sequence ``n``, whose first token is ``start``, past N."""
     if cu_seqlens_ptr is not None:
-        place = tl.minimum(start // tokens_a_place(SEGMENTS, AT_LEAST), n * places_a_sequence(SEGMENTS))
+        place = first_number(n, start, tokens_a_place(SEGMENTS, AT_LEAST), places_a_sequence(SEGMENTS))
     else:
         segments, _ = cut(T, SEGMENTS)
         place = n * (segments - 1)
@@ -115,9 +129,8 @@ def segment_of(
     n = place
     if number >= 0:
         if cu_seqlens_ptr is not None:
-            # the last whose first place is not past this one
-            n = last_before(cu_seqlens_ptr, number, asked, N, T, tokens_a_place(SEGMENTS, AT_LEAST), 0)
-            n = tl.maximum(n, tl.minimum(number // max(places_a_sequence(SEGMENTS), 1), N - 1))
+            TOKENS: tl.constexpr = tokens_a_place(SEGMENTS, AT_LEAST)
+            n = last_numbered(cu_seqlens_ptr, number, asked, N, T, TOKENS, places_a_sequence(SEGMENTS))
         else:
             of_row, _ = cut(T, SEGMENTS)
             n = tl.minimum(number // tl.maximum(of_row - 1, 1), number * 0 + N - 1)
@@ -216,8 +229,7 @@ def combine_kernel(
     n = (pid // (V // BLOCK_V * HV)).to(tl.int64)
     number = n
     if cu_seqlens_ptr is not None:
-        n = last_before(cu_seqlens_ptr, number, tl.arange(0, 64), N, T, MAP_TOKENS, 0)
-        n = tl.maximum(n, tl.minimum(number, N - 1))
+        n = last_numbered(cu_seqlens_ptr, number, tl.arange(0, 64), N, T, MAP_TOKENS, 1)
     _, start, length = span(cu_seqlens_ptr, n, T)
     if PDL:
         tl.extra.cuda.gdc_wait()  # of every program: see chunk_hopper.wait_for_predecessors
