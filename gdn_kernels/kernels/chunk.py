@@ -11,7 +11,7 @@ k and q (divided by their norms if asked), L the strictly lower part of diag(bet
 The inverse does not depend on the gates, because (I + L * G)^-1 = G * (I + L)^-1. The scan has two dependent products a
 chunk. Four rows of factors are fp32: the gates summed within the chunk, in log2; gamma / |k|; scale gamma / |q|; and
 scale / |q|, where a norm is 1 unless k and q are to be normalised. On Hopper there are but the first two, or with norms
-those two and the last.
+in fp16 those two and the last.
 S is [V, K] in fp32 registers; operands of the products have the dtype of q, bf16 or fp16, accumulators are fp32. Every
 exponent is of a number that is not positive.
 
