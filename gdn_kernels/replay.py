@@ -17,6 +17,7 @@ Triton whose compiled kernels look different, makes the signature unrepeatable: 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ _recorded: list[tuple[dict, list]] = []
 
 # Of an operator: token counts are part of a signature, so a server meets some thousands. Then it starts afresh.
 MAX_SIGNATURES = 8192
+
+# Bytes that the parts of an allocation are aligned to, as PyTorch's allocations are.
+ALIGNMENT = 512
 
 # What Inductor's generated code allocates with: 1.1 us where torch.empty takes 4.4. Absent, torch.empty_strided serves.
 _empty_on_current_device: Callable[..., torch.Tensor] | None = getattr(
@@ -196,7 +200,7 @@ class Recording:
         ]
         returned = "(" + "".join(f"t{number}, " for number in made) + ")" if isinstance(result, tuple) else None
         returned = f"t{made[0]}" if isinstance(result, torch.Tensor) else returned
-        return _written(self.num_inputs, self.device, allocations, starts, returned)
+        return _written(self.num_inputs, self.device, allocations, set(made), starts, returned)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,12 +290,15 @@ def _on_device(device: int, call: Callable[..., Any], *pointers: int | None) -> 
         return call(*pointers)
 
 
-def _written(num_inputs: int, device: int, allocations: list, launches: list, returned: str | None) -> Callable:
+def _written(
+    num_inputs: int, device: int, allocations: list, results: set[int], launches: list, returned: str | None
+) -> Callable:
     """``replay(p0, p1, ...)``: allocates, launches on the current stream of ``device``, gives what ``returned`` says.
 
     Shapes, strides and numbers are its free variables: its text, and so its code, is that of all calls of this form.
     What an argument is made of, a pointer and constants, is made once where several launches take it, and again only
     for another pointer than in the call before: a tensor map takes about 0.5 us, and allocations mostly come back.
+    Allocations that are no results are parts of one, which takes as long as each would.
     """
     constants: dict[str, Any] = {
         "device": device,
@@ -303,7 +310,21 @@ def _written(num_inputs: int, device: int, allocations: list, launches: list, re
     pointers = [f"p{number}" for number in range(num_inputs)]
     used = {patch.number for *_, patches in launches for patch in patches}
     lines = []
+    scratch, size = {}, 0
+    for i, (shape, _, dtype, zero) in enumerate(allocations):
+        if i not in results and not zero:
+            scratch[i] = size
+            size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    if len(scratch) > 1:
+        constants |= {"shape": (size,), "stride": (1,), "dtype": torch.uint8}
+        lines.append("t = empty(shape, stride, dtype); q = t.data_ptr()")
+    else:
+        scratch = {}
     for i, (shape, stride, dtype, zero) in enumerate(allocations):
+        if i in scratch:
+            constants[f"part{i}"] = scratch[i]
+            pointers.append(f"q + part{i}")
+            continue
         constants |= {f"shape{i}": shape, f"stride{i}": stride, f"dtype{i}": dtype}
         lines.append(f"t{i} = {'zeros' if zero else 'empty'}(shape{i}, stride{i}, dtype{i})")
         pointers.append(f"q{i}")

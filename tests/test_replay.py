@@ -251,6 +251,23 @@ def test_launches_share_what_is_made_of_one_pointer(device):
     assert first is second and described(other) == (x.data_ptr(), (32, 16), (16, 1), "nan", False)
 
 
+def test_what_is_no_result_is_part_of_one_allocation(device, monkeypatch):
+    compiled, x, made, empty = Compiled(), torch.zeros(32, 16), [], replay._empty
+    monkeypatch.setattr(replay, "_empty", lambda *options: (made.append(empty(*options)), made[-1])[1])
+    recording = replay.Recording("stand-in", [x])
+    with recording:
+        first, out = launch.empty(x, 100, 3), launch.empty(x, 8)
+        second = launch.empty(x, 5, dtype=torch.int32)
+        arguments = first, out, second, launch.view(first[2:], first), descriptor(second)
+        recording.launched(compiled, (1,), arguments)
+    result = recording.replay(out)(x.data_ptr())
+    first, out, second, part, described = compiled.calls[0][9:]
+    scratch, given = made
+    assert given is result and out == result.data_ptr() and scratch.nbytes == 1536 + 512
+    assert (first, second, part) == tuple(scratch.data_ptr() + offset for offset in (0, 1536, 24))
+    assert described.pointer == second
+
+
 def test_a_replay_keeps_no_described_tensor_alive(device):
     repeat, tensors = record_descriptors(Compiled())
     watched = [weakref.ref(tensor) for tensor in tensors]
