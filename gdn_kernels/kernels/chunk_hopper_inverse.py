@@ -728,6 +728,11 @@ def prepare_inverse(
     heads, num_first, last_heads = shares(places, HV, HV // H)
     # without them their facts are left out, so that they decide no binary
     num_slots = stride_initial = copiers = 0
+    q_strides = 0, 0, 0
+    if factors.shape[2] > 2:
+        q_strides = recurrent.batch_stride(q), q.stride(1), q.stride(2)
+    else:
+        q, scale = None, 1.0
     if firsts is None:
         initial = read = has_initial_state = None
         long_tokens = 0
@@ -762,9 +767,7 @@ def prepare_inverse(
         0 if order is None else count,
         num_slots,
         pad_slot_id,
-        recurrent.batch_stride(q),
-        q.stride(1),
-        q.stride(2),
+        *q_strides,
         *(stride for t in (g, beta) for stride in (recurrent.batch_stride(t), t.stride(1))),
         o.stride(1),
         o.stride(2),
