@@ -477,13 +477,29 @@ def inverse_norms(q, layout: gl.constexpr):
 
 
 @gluon.jit
+def begin_copy(o_s, o_ready, phase, is_wanted, o_tiles, end, length, row, column):
+    """Begin to copy a chunk's output, once it is there, to the sequence's rows from ``row`` on, if it is wanted."""
+    mbarrier.wait(o_ready, phase)
+    if is_wanted:
+        fence_async_shared()
+        store_rows(o_tiles, end, length, row, column, o_s)
+
+
+@gluon.jit
+def end_copy(o_free):
+    """Give the place of a chunk's output back, once it has been copied."""
+    tma.store_wait(0)
+    mbarrier.arrive(o_free)
+
+
+@gluon.jit
 def auxiliary(
     tiles, works, initial_tiles, o_tiles, o_ptr, stride_o_t, stride_o_h, scale, items,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr, STAGES: gl.constexpr, FACTORS: gl.constexpr, HAS_NORMS: gl.constexpr,
 ):  # fmt: skip
-    """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then the copy of an
-    earlier chunk's output, two chunks behind so that no P waits for it."""
+    """P of each chunk, the decay from each token to the chunk's end, and the factors of q S^T; then, or with norms
+    meanwhile, the copy of an earlier chunk's output, two chunks behind so that no P waits for it."""
     q_s, k_s, v_s, y_s, factor_s, ready, free = tiles[:7]
     p_s, o_s, decay_s, scale_s, norm_s, p_ready, norm_ready, o_ready, o_free = tiles[7:]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -512,6 +528,15 @@ def auxiliary(
                     turn += 1
                     states += 1
             for i in range(chunks + 2):
+                row = (first_chunk + i - 2) * C
+                # the norms, which come after P, would hold up a copy that comes after them
+                if HAS_NORMS:
+                    if i > 1:
+                        begin_copy(
+                            o_s, o_ready, (turn + states + i) & 1, i - 2 >= ahead, o_tiles, end, length, row, v_column
+                        )
+                        if i >= chunks:
+                            end_copy(o_free)
                 if i < chunks:
                     now = turn + i
                     stage = now % STAGES
@@ -520,6 +545,9 @@ def auxiliary(
                     p = warpgroup_mma(
                         q_s.index(stage), k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
                     )
+                    if HAS_NORMS:
+                        if i > 1:
+                            end_copy(o_free)
                     factors = factor_s.index(stage)
                     last = gl.max(factors.slice(C - 1, 1).load(line), 0)
                     gates = factors.slice(0, C).load(line)
@@ -539,13 +567,12 @@ def auxiliary(
                         norm_s.index(stage).store(inverse_norms(q_s.index(stage).load(operand), rows))
                         mbarrier.arrive(norm_ready.index(stage))
                     mbarrier.arrive(free.index(stage))
-                if i > 1:
-                    mbarrier.wait(o_ready, (turn + states + i) & 1)
-                    if i - 2 >= ahead:
-                        fence_async_shared()
-                        store_rows(o_tiles, end, length, (first_chunk + i - 2) * C, v_column, o_s)
-                        tma.store_wait(0)
-                    mbarrier.arrive(o_free)
+                if not HAS_NORMS:
+                    if i > 1:
+                        begin_copy(
+                            o_s, o_ready, (turn + states + i) & 1, i - 2 >= ahead, o_tiles, end, length, row, v_column
+                        )
+                        end_copy(o_free)
             turn += chunks
         else:
             first = end - length
@@ -596,6 +623,8 @@ def output(
                     decay *= scale
                 p = warpgroup_mma_wait(0, [p])
                 p = gl.convert_layout((p * decay).to(dtype), operand)
+                if HAS_NORMS:
+                    norms = inverse_norms(q, rows)
                 mbarrier.wait(mine_formed, phase)
                 o = warpgroup_mma(q, S_s.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 o = warpgroup_mma_wait(0, [o]) * factor_q[:, None]
@@ -605,7 +634,7 @@ def output(
                 o = warpgroup_mma_wait(0, [o])
                 mbarrier.arrive(mine_u_taken)
                 if HAS_NORMS:
-                    o *= inverse_norms(q, rows)[:, None]
+                    o *= norms[:, None]
                 # v of this chunk has been read: its tile takes o
                 v_s.index(stage).store(o.to(dtype))
                 fence_async_shared()
