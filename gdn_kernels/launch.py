@@ -668,8 +668,9 @@ def descriptor(base: torch.Tensor, shape: Any, strides: Any, block_shape: Any, l
 
 
 def replayable() -> bool:
-    """True where a recorded call may stand for a new one: no pins, debug checks, compile-only mode, launch hooks."""
-    if _pins or _debug_depth or _compiled is not None:
+    """True where a recorded call may stand for a new one: no pins, debug checks, compile-only mode, launch hooks, nor a
+    recording under way, which has to see the launches."""
+    if _pins or _debug_depth or _compiled is not None or replay.current() is not None:
         return False
     global _runtime
     if _runtime is None:

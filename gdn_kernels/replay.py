@@ -12,11 +12,14 @@ a replay from the form of its recording. Loops over arguments took as long as th
 Nothing is keyed by a tensor's identity. A pointer that the recording cannot trace to an argument or an allocation, or a
 Triton whose compiled kernels look different, makes the signature unrepeatable: it keeps the ordinary path, and
 :func:`reasons` says why.
+
+What prepares a call, picks options and makes views, can be repeated together with it: :func:`repeatable`.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable
@@ -113,6 +116,12 @@ class Descriptor:
         return self.pointer
 
 
+def _fills(view: torch.Tensor, allocation: torch.Tensor, zero: bool) -> bool:
+    """Whether an allocation in the shape of ``view``, which begins where this one does, is as good as this one."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    return view.numel() == allocation.numel() == extent and (view.is_contiguous() or not zero)
+
+
 def _is_descriptor(argument: Any) -> bool:
     return hasattr(argument, "base") and hasattr(argument, "block_shape")
 
@@ -149,6 +158,23 @@ class Recording:
             self.sources[id(view)] = (number, offset + view.data_ptr() - base.data_ptr())
             self.kept.append(view)
 
+    def source(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """Number of the pointer that ``tensor`` is found from, and bytes past it: its own, or that of the only input or
+        allocation that begins where it does, or else shares its storage."""
+        found = self.sources.get(id(tensor))
+        if found is None:
+            storage, pointer = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+            known = (*self.kept, *(allocation for allocation, _ in self.allocations))
+            bases = [base for base in known if base.untyped_storage().data_ptr() == storage]
+            bases = [base for base in bases if base.data_ptr() == pointer] or bases
+            places = set()
+            for base in bases:
+                number, offset = self.sources[id(base)]
+                places.add((number, offset + pointer - base.data_ptr()))
+            if len(places) == 1:
+                found = places.pop()
+        return found
+
     def launched(self, compiled: Any, grid: tuple[int, ...], arguments: tuple) -> None:
         template: list[Any] = list(arguments)
         patches = []
@@ -165,11 +191,12 @@ class Recording:
                 tensor = argument.base
             elif not isinstance(argument, torch.Tensor):
                 continue
-            if id(tensor) not in self.sources:
+            source = self.source(tensor)
+            if source is None:
                 what = "the base of argument" if made else "argument"
                 self.failure = f"{what} {position} of a launch is neither an argument nor an allocation"
                 return
-            patches.append(Patch(position, *self.sources[id(tensor)], *made))
+            patches.append(Patch(position, *source, *made))
             template[position] = None  # a replay must not keep the recorded call's tensors alive
         self.launches.append((compiled, (*grid, 1, 1)[:3], template, patches))
 
@@ -180,8 +207,8 @@ class Recording:
         made = []
         shapes = [tensor for tensor, _ in self.allocations]
         for tensor in results:
-            number, offset = self.sources.get(id(tensor), (-1, 0))
-            if number < self.num_inputs or offset:
+            number, offset = self.source(tensor) or (-1, 0)
+            if number < self.num_inputs or offset or not _fills(tensor, *self.allocations[number - self.num_inputs]):
                 self.failure = "a result is not an allocation"
                 break
             # a result may be a view of all of its allocation: it is then allocated in that shape
@@ -376,8 +403,22 @@ def make({", ".join(constants)}):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Writing an operator's signature
+# Writing a signature
 # ---------------------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """One of a call's: a tensor, or a plain argument that decides what the call does.
+
+    may_be_first: a tensor that is written, and may be the call's first.
+    """
+
+    name: str
+    is_tensor: bool
+    is_optional: bool
+    is_keyword: bool
+    default: tuple[Any, ...]  # of none or one
+    may_be_first: bool
 
 
 def dispatcher(schema: str, call: Callable[..., Any], replayable: Callable[[], bool]) -> Callable[..., Any]:
@@ -388,47 +429,121 @@ def dispatcher(schema: str, call: Callable[..., Any], replayable: Callable[[], b
     any other is put together and looked up.
     """
     parsed = torch._C.parse_schema(schema)
-    parameters, given, plain, facts, grads, lines, tensors, guarded = [], [], [], [], [], [], [], []
-    constants: dict[str, Any] = {}
-    for argument in parsed.arguments:
-        name, kind = argument.name, str(argument.type)
-        if argument.kwarg_only and "*" not in parameters:
-            parameters.append("*")
-        given.append(f"{name}={name}" if argument.kwarg_only else name)
-        if argument.has_default_value():
-            constants[f"default_{name}"] = argument.default_value
-            parameters.append(f"{name}=default_{name}")
+    parameters = [
+        Parameter(
+            argument.name,
+            str(argument.type) in ("Tensor", "Optional[Tensor]"),
+            str(argument.type) == "Optional[Tensor]",
+            argument.kwarg_only,
+            (argument.default_value,) if argument.has_default_value() else (),
+            argument.alias_info is not None,
+        )
+        for argument in parsed.arguments
+    ]
+    return _recognised(parsed.name.split("::")[-1], parameters, call, replayable)
+
+
+def repeatable(replayable: Callable[[], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: a function that prepares and makes one operator call is recorded and replayed together with it.
+
+    Only where the dispatcher would come straight to the operator's GPU implementation: nothing traces or records the
+    call, no gradient is asked for, and no mode or tensor subclass stands between. Then of what the function does before
+    and after the operator nothing is left but the shape of its results.
+
+    Its annotations say which arguments are tensors, ``torch.Tensor`` or ``torch.Tensor | None``; the first is one. What
+    the function does must follow from its plain arguments and the tensors' dtypes, shapes, strides and devices, and all
+    that it has the GPU do is the operator's. It returns what the operator allocates, or views that fill that, or None;
+    a string, the reason for which a call is left to someone else, is returned and never repeated. Views are traced to
+    the argument that begins where they do; where two do, as one tensor given twice, the call is not repeated.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = [
+            Parameter(
+                name,
+                str(parameter.annotation).startswith("torch.Tensor"),
+                str(parameter.annotation) == "torch.Tensor | None",
+                parameter.kind is parameter.KEYWORD_ONLY,
+                () if parameter.default is parameter.empty else (parameter.default,),
+                False,
+            )
+            for name, parameter in inspect.signature(function).parameters.items()
+        ]
+        modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+        function_modes = getattr(torch._C, "_is_torch_function_mode_enabled", None)
+        if modes is None or function_modes is None:
+            return function
+        first = parameters[0].name
+        straight = {
+            "is_compiling": torch.compiler.is_compiling,
+            "plain_types": (torch.Tensor, torch.nn.Parameter),
+            "modes": modes,
+            "function_modes": function_modes,
+        }
+        otherwise = (
+            f"is_compiling() or type({first}) not in plain_types or not {first}.is_cuda or grad_enabled() or modes() "
+            "or function_modes()"
+        )
+        found = _recognised(function.__name__, parameters, function, replayable, otherwise, straight)
+        return functools.update_wrapper(found, function)
+
+    return decorate
+
+
+def _recognised(
+    name: str,
+    parameters: list[Parameter],
+    call: Callable[..., Any],
+    replayable: Callable[[], bool],
+    otherwise: str = "False",
+    names_of_otherwise: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``call`` as :func:`dispatcher` says; where the expression ``otherwise`` holds nothing is looked at."""
+    taken, given, plain, facts, grads, lines, tensors, guarded = [], [], [], [], [], [], [], []
+    constants: dict[str, Any] = dict(names_of_otherwise or {})
+    for parameter in parameters:
+        this = parameter.name
+        if parameter.is_keyword and "*" not in taken:
+            taken.append("*")
+        given.append(f"{this}={this}" if parameter.is_keyword else this)
+        if parameter.default:
+            constants[f"default_{this}"] = parameter.default[0]
+            taken.append(f"{this}=default_{this}")
         else:
-            parameters.append(name)
-        if kind not in ("Tensor", "Optional[Tensor]"):
-            facts.append(name)
-            plain.append(name)
+            taken.append(this)
+        if not parameter.is_tensor:
+            facts.append(this)
+            plain.append(this)
             continue
         pointer = f"p{len(tensors)}"
-        tensors.append(name)
-        decisive = f"{name}.dtype, {name}.shape, {name}.stride(), {pointer} & 15, {name}.get_device()"
-        if kind == "Tensor":
-            lines.append(f"{pointer} = {name}.data_ptr()")
-            facts.append(decisive)
-            grads.append(f"{name}.requires_grad")
-            if argument.alias_info is None or len(tensors) == 1:
-                guarded.append(name)
-            else:  # what is written may be the first argument itself, which guards would not take twice
-                plain.append(f"{name} is {tensors[0]}")
-                constants[f"no_{name}"] = torch.empty(0, device="cpu")
-                guarded.append(f"no_{name} if {name} is {tensors[0]} else {name}")
+        tensors.append(this)
+        decisive = f"{this}.dtype, {this}.shape, {this}.stride(), {pointer} & 15, {this}.get_device()"
+        stands_in = ""
+        if parameter.is_optional:
+            lines.append(f"{pointer} = None if {this} is None else {this}.data_ptr()")
+            facts.append(f"None if {this} is None else ({decisive})")
+            grads.append(f"{this} is not None and {this}.requires_grad")
+            plain.append(f"{this} is None")
+            stands_in = f"{this} is None"  # guards take a tensor for each argument
         else:
-            lines.append(f"{pointer} = None if {name} is None else {name}.data_ptr()")
-            facts.append(f"None if {name} is None else ({decisive})")
-            grads.append(f"{name} is not None and {name}.requires_grad")
-            plain.append(f"{name} is None")
-            constants[f"no_{name}"] = torch.empty(0, device="cpu")  # guards take a tensor for each argument
-            guarded.append(f"no_{name} if {name} is None else {name}")
+            lines.append(f"{pointer} = {this}.data_ptr()")
+            facts.append(decisive)
+            grads.append(f"{this}.requires_grad")
+        if parameter.may_be_first and len(tensors) > 1:
+            # guards do not take one tensor twice
+            plain.append(f"{this} is {tensors[0]}")
+            stands_in = " or ".join(filter(None, (stands_in, f"{this} is {tensors[0]}")))
+        if stands_in:
+            constants[f"no_{this}"] = torch.empty(0, device="cpu")
+        guarded.append(f"no_{this} if {stands_in} else {this}" if stands_in else this)
     body = "; ".join(lines)
-    aligned = " | ".join(f"(p{i} or 0)" if " is None " in name else f"p{i}" for i, name in enumerate(guarded))
+    optional = {parameter.name for parameter in parameters if parameter.is_optional}
+    aligned = " | ".join(f"(p{i} or 0)" if this in optional else f"p{i}" for i, this in enumerate(tensors))
     source = f"""
 def make(call, record, remember, replayable, known, last, grad_enabled, {", ".join(constants)}):
-    def implementation({", ".join(parameters)}):
+    def implementation({", ".join(taken)}):
+        if {otherwise}:
+            return call({", ".join(given)})
         {body}
         plain = ({", ".join(plain)}{"," if plain else ""})
         recent, check, replay = last[0]
@@ -448,8 +563,7 @@ def make(call, record, remember, replayable, known, last, grad_enabled, {", ".jo
     return implementation
 """
     known: dict[tuple, list] = {}
-    names = [argument.name for argument in parsed.arguments]
-    record = functools.partial(_recorder, parsed.name.split("::")[-1], call, known, names, tensors)
+    record = functools.partial(_recorder, name, call, known, [each.name for each in parameters], tensors)
     last: list[tuple[Any, Any, Any]] = [_NOTHING]
     _recorded.append((known, last))
     remember = functools.partial(_remember, last)
@@ -499,7 +613,7 @@ def _recorder(
             result = call(*args, **kwargs)
         if len(known) >= MAX_SIGNATURES:
             known.clear()
-        known[key] = [recording.replay(result), None, 0]
+        known[key] = [None if isinstance(result, str) else recording.replay(result), None, 0]
         return result
 
     return recorded

@@ -678,6 +678,125 @@ def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(m
     assert len(calls) == 2
 
 
+@pytest.fixture
+def prepared(device, monkeypatch):
+    """A function that prepares an operator call, on CPU tensors that say they are a GPU's; its calls; the kernel; and
+    the operator."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    compiled, calls = Compiled(), []
+
+    def recorded_alone():
+        return replay.current() is None
+
+    def operate(x, state, indices, out):
+        made = launch.empty(x, *x.shape) if out is None else None
+        if replay.current() is not None:
+            replay.current().launched(compiled, (1,), (x, state, indices, made if out is None else out))
+        return made
+
+    schema = "gdn::stand_in(Tensor x, Tensor state, Tensor? indices, Tensor(a!)? out) -> Tensor?"
+    operator = replay.dispatcher(schema, operate, recorded_alone)
+
+    @replay.repeatable(recorded_alone)
+    def prepare(
+        x: torch.Tensor,
+        state: torch.Tensor,
+        indices: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+        *,
+        size: int,
+    ):
+        calls.append(size)
+        if size < 0:
+            return "less than nothing"
+        made = operator(x.mT, state[:, 1:], None if indices is None else indices[:size], out)
+        return made if made is None or size == 0 else made.mT[:size]
+
+    with torch.no_grad():
+        yield prepare, calls, compiled, operator
+
+
+def made_of(compiled):
+    return compiled.calls[-1][9:]
+
+
+def test_what_prepares_a_call_is_repeated_with_it(prepared):
+    prepare, calls, compiled, _ = prepared
+    state = torch.zeros(3, 4)
+    for indices in (torch.arange(8), None):
+        for x in (torch.zeros(4, 8), torch.ones(4, 8)):
+            found = prepare(x, state, indices, size=4)
+            assert found.shape == (4, 8) and found.stride() == (1, 4)
+        given = None if indices is None else indices.data_ptr()
+        assert made_of(compiled) == (x.data_ptr(), state.data_ptr() + 4, given, found.data_ptr())
+    out = torch.zeros(8, 4)
+    assert prepare(x, state, None, out, size=2) is None is prepare(x, state, None, out, size=2)
+    assert made_of(compiled) == (x.data_ptr(), state.data_ptr() + 4, None, out.data_ptr())
+    assert calls == [4, 4, 2] and len(compiled.calls) == 3, "each recorded once, then repeated"
+
+
+def test_a_prepared_call_has_its_own_recording_where_its_operators_is_known(prepared):
+    prepare, calls, compiled, operator = prepared
+    x, state = torch.zeros(4, 8), torch.zeros(3, 4)
+    for _ in range(2):
+        operator(x.mT, state[:, 1:], None, None)
+    assert len(compiled.calls) == 1
+    for number in range(2, 5):
+        prepare(x, state, None, size=4)
+        assert len(compiled.calls) == number - 1
+    assert calls == [4]
+
+
+def test_a_reason_is_returned_each_time_and_not_noted(prepared):
+    prepare, calls, compiled, _ = prepared
+    for _ in range(3):
+        assert prepare(torch.zeros(4, 8), torch.zeros(3, 4), None, size=-1) == "less than nothing"
+    assert calls == [-1] * 3 and not compiled.calls and not replay.reasons()
+
+
+@pytest.mark.parametrize("case", ["between-two-arguments", "one-argument-twice", "part-of-an-allocation"])
+def test_what_could_be_another_arguments_is_not_repeated(prepared, case, monkeypatch):
+    monkeypatch.setattr(replay, "_reasons", {})
+    prepare, calls, compiled, _ = prepared
+    x, state, size = torch.zeros(4, 8), torch.zeros(4, 8), 4
+    if case == "between-two-arguments":
+        x, state = torch.zeros(8, 8).split(4)
+    elif case == "one-argument-twice":
+        state = x[:, :1].expand(4, 8)
+    else:
+        size = 3
+    for number in range(1, 4):
+        assert prepare(x, state, None, size=size).shape == (size, 8)
+        assert len(calls) == number
+    assert len(compiled.calls) == 1, "the operator is recorded by itself in the second call, and repeated in the third"
+    why = "a result is not an allocation" if size == 3 else "neither an argument nor an allocation"
+    assert why in replay.reasons()["prepare"]
+
+
+def test_a_prepared_call_takes_the_ordinary_path_where_something_stands_between(prepared, monkeypatch):
+    prepare, calls, compiled, _ = prepared
+    x, state = torch.zeros(4, 8), torch.zeros(3, 4)
+    prepare(x, state, None, size=4)
+    prepare(x, state, None, size=4)
+    assert len(calls) == len(compiled.calls) == 1
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    for number, mode in enumerate((torch.enable_grad(), Dispatched(), Function()), start=2):
+        with mode:
+            assert prepare(x, state, None, size=4).shape == (4, 8)
+        assert len(calls) == number
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: False))
+    prepare(x, state, None, size=4)
+    assert len(calls) == 5
+
+
 @pytest.mark.gpu
 def test_a_direct_call_has_the_operators_bits(ordinary):
     x, weight = normal(9, 128), normal(128, seed=1)

@@ -1,16 +1,17 @@
 """What both serving engines' adapters do in the same way; each returns its result, or the reason to leave the call.
 
 A call that an operator takes costs little more than the operator: reasons are looked for once it has refused the call,
-which it does before it writes. What an operator would take otherwise than the engine means it is asked beforehand. And
-options at their default are left out: each costs the dispatcher 0.4 us (torch 2.13, CPU). Views are made the quickest
-way: of numbers 0.9 us, where a shape takes 2.5, mT 0.8, where transpose takes 1.1.
+which it does before it writes. What an operator would take otherwise than the engine means it is asked beforehand. What
+picks an operator's options and makes its views is repeated with it (:func:`repeatable`). Where it is not, options at
+their default are left out: each costs the dispatcher 0.4 us (torch 2.13, CPU). Views are made the quickest way: of
+numbers 0.9 us, where a shape takes 2.5, mT 0.8, where transpose takes 1.1.
 """
 
 from __future__ import annotations
 
 import torch
 
-from gdn_kernels import contracts
+from gdn_kernels import contracts, launch, replay
 from gdn_kernels.integrations._common import rows
 from gdn_kernels.ops import registry
 
@@ -21,6 +22,9 @@ INDICES = (torch.int32, torch.int64)
 SOFTPLUS = (1.0, 20.0)
 #: How an operator refuses a call that may be a reason to leave it.
 REFUSALS = (TypeError, ValueError)
+
+#: Decorates what is recorded and replayed together with its operator.
+repeatable = replay.repeatable(launch.replayable)
 
 _layer_norm_gated = registry.direct("layer_norm_gated")
 _layer_norm_gated_out = registry.direct("layer_norm_gated_out")
@@ -42,6 +46,43 @@ def norm(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | str:
     """A gated norm of ``x`` ``[..., N]``; ``z`` of its shape, or ``[tokens, heads, N]`` beside rows ``[M, N]``."""
+    if weight is None:
+        return "a norm without weight"
+    if z is not None and z.dim() != x.dim() and (x.dim() != 2 or z.dim() != 3):
+        return "a gate of another rank than [tokens, heads, N]"
+    in_place = out is x
+    options = None if in_place else out, in_place, eps, group_size, norm_before_gate, is_rms_norm, activation
+    if not torch.compiler.is_compiling():
+        try:
+            y = _norm(x, weight, bias, z, *options)
+            return y if out is None else out
+        except (*REFUSALS, NotImplementedError):
+            pass
+    why = _norm_reason(x, z, group_size, activation, out)
+    if why is not None:
+        return why
+    if in_place:
+        options = out, False, *options[2:]  # of rows that are no rows, a copy is read
+    y = _normed(rows(x), rows(weight), rows(bias), rows(z), *options)
+    return y if out is None else out
+
+
+def _normed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    out: torch.Tensor | None,
+    in_place: bool,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    is_rms_norm: bool,
+    activation: str,
+) -> torch.Tensor | None:
+    """None where ``out`` is written, or x itself."""
+    if in_place:
+        out = x
     options = {"norm_before_gate": norm_before_gate, "eps": eps}
     if not is_rms_norm:
         options["is_rms_norm"] = False
@@ -49,39 +90,21 @@ def norm(
         options["group_size"] = group_size
     if activation != "silu" and activation != "swish":
         options["activation"] = activation
-    if weight is None:
-        return "a norm without weight"
-    if z is not None and z.dim() != x.dim() and (x.dim() != 2 or z.dim() != 3):
-        return "a gate of another rank than [tokens, heads, N]"
-    if not torch.compiler.is_compiling():
-        try:
-            return _norm(x, weight, bias, z, out, options)
-        except (*REFUSALS, NotImplementedError):
-            pass
-    why = _norm_reason(x, z, group_size, activation, out)
-    return why or _norm(rows(x), rows(weight), rows(bias), rows(z), out, options)
-
-
-def _norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    z: torch.Tensor | None,
-    out: torch.Tensor | None,
-    options: dict[str, object],
-) -> torch.Tensor:
     if z is None or z.dim() == x.dim():
         if out is None:
             return _layer_norm_gated(x, weight, bias, z, **options)
         _layer_norm_gated_out(x, weight, bias, z, out, **options)
-        return out
+        return None
     tokens, heads, _ = z.shape
     columns = x.shape[1]
     if out is None:
         return _layer_norm_gated(x.view(tokens, heads, columns), weight, bias, z, **options).view_as(x)
     y = out.view(tokens, heads, columns)
     _layer_norm_gated_out(y if out is x else x.view(tokens, heads, columns), weight, bias, z, y, **options)
-    return out
+    return None
+
+
+_norm = repeatable(_normed)
 
 
 def _norm_reason(
@@ -145,20 +168,9 @@ def packed_decode(
     """``out`` ``[N, 1, HV, V]``, written, or without one a new tensor ``[N, HV, V]``; the state in place."""
     if state is None:
         return "no state"
-    options = {}
     try:
-        _, num_v_heads, head_v_dim, head_k_dim = state.shape
-        options["num_k_heads"] = (mixed_qkv.shape[-1] - num_v_heads * head_v_dim) // (2 * head_k_dim)
-        if scale != head_k_dim**-0.5:
-            options["scale"] = scale
-        if not use_qk_l2norm:
-            options["use_qk_l2norm"] = False
-        if pad_slot_id != -1:
-            options["pad_slot_id"] = pad_slot_id
-        if out is None:
-            return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, indices, **options)
-        _packed_decode_out(mixed_qkv, a, b, A_log, dt_bias, state, out, indices, **options)
-        return out
+        o = _decode(mixed_qkv, a, b, A_log, dt_bias, state, out, indices, scale, use_qk_l2norm, pad_slot_id)
+        return o if out is None else out
     except REFUSALS:
         why = state_reason(state) or index_reason(ssm_state_indices=indices)
         if why is not None:
@@ -166,8 +178,38 @@ def packed_decode(
         if out is None:
             raise
     # An out that is strided, or of another dtype; else this raises again.
-    o = _packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, indices, **options)
+    o = _decode(mixed_qkv, a, b, A_log, dt_bias, state, None, indices, scale, use_qk_l2norm, pad_slot_id)
     return out.copy_(o.unsqueeze(1))
+
+
+@repeatable
+def _decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor | None,
+    indices: torch.Tensor,
+    scale: float,
+    use_qk_l2norm: bool,
+    pad_slot_id: int,
+) -> torch.Tensor | None:
+    """None where ``out`` is written."""
+    options = {}
+    _, num_v_heads, head_v_dim, head_k_dim = state.shape
+    options["num_k_heads"] = (mixed_qkv.shape[-1] - num_v_heads * head_v_dim) // (2 * head_k_dim)
+    if scale != head_k_dim**-0.5:
+        options["scale"] = scale
+    if not use_qk_l2norm:
+        options["use_qk_l2norm"] = False
+    if pad_slot_id != -1:
+        options["pad_slot_id"] = pad_slot_id
+    if out is None:
+        return _packed_decode(mixed_qkv, a, b, A_log, dt_bias, state, indices, **options)
+    _packed_decode_out(mixed_qkv, a, b, A_log, dt_bias, state, out, indices, **options)
+    return None
 
 
 def delta_options(
@@ -241,19 +283,8 @@ def conv_prefill(
         return "no conv state"
     if x.dim() != 2 or offsets is None:
         return "a batch of equal lengths"
-    count = offsets.shape[0] - 1
-    if has_initial_state is None:
-        has_initial_state = x.new_zeros(count, dtype=torch.bool)
     try:
-        return _causal_conv1d(
-            x.mT,
-            weight,
-            bias,
-            conv_window(conv_state, weight.shape[1] - 1),
-            offsets,
-            has_initial_state=first(has_initial_state, count),
-            **conv_options(activation, first(indices, count), pad_slot_id),
-        ).mT
+        return _conv(x, weight, bias, conv_state, offsets, indices, has_initial_state, activation, pad_slot_id)
     except REFUSALS:
         why = conv_reason(x, weight, conv_state, activation) or index_reason(
             cache_indices=indices, query_start_loc=offsets
@@ -262,6 +293,32 @@ def conv_prefill(
             return why
         if x.stride(0) != 1:
             return "a time-last x"
-        if has_initial_state.dtype is not torch.bool:
+        if has_initial_state is not None and has_initial_state.dtype is not torch.bool:
             return "has_initial_state that is not bool"
         raise
+
+
+@repeatable
+def _conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    conv_state: torch.Tensor,
+    offsets: torch.Tensor,
+    indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    activation: bool | str | None,
+    pad_slot_id: int,
+) -> torch.Tensor:
+    count = offsets.shape[0] - 1
+    if has_initial_state is None:
+        has_initial_state = launch.empty(x, count, dtype=torch.bool, zero=True)
+    return _causal_conv1d(
+        x.mT,
+        weight,
+        bias,
+        conv_window(conv_state, weight.shape[1] - 1),
+        offsets,
+        has_initial_state=first(has_initial_state, count),
+        **conv_options(activation, first(indices, count), pad_slot_id),
+    ).mT

@@ -230,23 +230,19 @@ def causal_conv1d_update(
         return "no conv state"
     if out is not None:
         return "an out"
-    width, drafts = weight.shape[1], 1
-    tokens = x
-    if query_start_loc is not None:
-        # Lengths are at most max_query_len, so this many tokens mean that all have it.
-        drafts = max_query_len
-        if conv_state_indices is None or x.shape[0] != conv_state_indices.shape[0] * drafts:
-            return "rows of unequal lengths"
-        tokens = x.view(-1, drafts, x.shape[1])
-    elif x.dim() == 3:
-        drafts = x.shape[2]
-        tokens = x.mT
-    columns = width - 1 if num_accepted_tokens is None else width - 2 + drafts
-    options = calls.conv_options(activation, conv_state_indices, -1 if null_block_id is None else null_block_id)
-    if num_accepted_tokens is not None:
-        options["num_accepted_tokens"] = calls.first(num_accepted_tokens, tokens.shape[0])
     try:
-        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
+        return _updated_conv(
+            x,
+            conv_state,
+            weight,
+            bias,
+            activation,
+            conv_state_indices,
+            num_accepted_tokens,
+            query_start_loc,
+            max_query_len,
+            -1 if null_block_id is None else null_block_id,
+        )
     except calls.REFUSALS:
         why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
             conv_state_indices=conv_state_indices, num_accepted_tokens=num_accepted_tokens
@@ -255,10 +251,41 @@ def causal_conv1d_update(
             return why
         if conv_state_indices is not None and conv_state_indices.dim() != 1:
             return "a table of blocks"
-        if x.dim() == 3 and x.stride(1) != 1 and drafts > 1:
+        if query_start_loc is None and x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
             return "a time-last x"
         raise
-    if query_start_loc is not None:
+
+
+@calls.repeatable
+def _updated_conv(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: bool | str | None,
+    indices: torch.Tensor | None,
+    accepted: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    max_query_len: int,
+    pad_slot_id: int,
+):
+    width, drafts = weight.shape[1], 1
+    tokens = x
+    if offsets is not None:
+        # Lengths are at most max_query_len, so this many tokens mean that all have it.
+        drafts = max_query_len
+        if indices is None or x.shape[0] != indices.shape[0] * drafts:
+            return "rows of unequal lengths"
+        tokens = x.view(-1, drafts, x.shape[1])
+    elif x.dim() == 3:
+        drafts = x.shape[2]
+        tokens = x.mT
+    columns = width - 1 if accepted is None else width - 2 + drafts
+    options = calls.conv_options(activation, indices, pad_slot_id)
+    if accepted is not None:
+        options["num_accepted_tokens"] = calls.first(accepted, tokens.shape[0])
+    y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
+    if offsets is not None:
         return y.view_as(x)
     return y.mT if x.dim() == 3 else y
 
@@ -376,6 +403,36 @@ def _update(q, k, v, g, beta, A_log, dt_bias, state, in_place, cu_seqlens, indic
         return "states that are not in a pool in place"
     if accepted is not None and indices.dim() != 2:
         return "accepted counts beside one slot a sequence"
+    try:
+        o = _updated(q, k, v, g, beta, A_log, dt_bias, state, cu_seqlens, indices, accepted, scale, use_qk_l2norm)
+    except calls.REFUSALS:
+        why = calls.state_reason(state) or calls.index_reason(
+            ssm_state_indices=indices, num_accepted_tokens=accepted, cu_seqlens=cu_seqlens
+        )
+        if why is None and A_log is None:
+            why = calls.gates_reason(g, beta)
+        if why is None:
+            raise
+        return why
+    return o, state
+
+
+@calls.repeatable
+def _updated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    indices: torch.Tensor,
+    accepted: torch.Tensor | None,
+    scale: float | None,
+    use_qk_l2norm: bool,
+):
     if cu_seqlens is None:
         count, rows = q.shape[0], None
     else:
@@ -390,18 +447,7 @@ def _update(q, k, v, g, beta, A_log, dt_bias, state, in_place, cu_seqlens, indic
             options["cu_seqlens"] = cu_seqlens
     if accepted is not None:
         options["num_accepted_tokens"] = calls.first(accepted, count)
-    try:
-        o = _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
-    except calls.REFUSALS:
-        why = calls.state_reason(state) or calls.index_reason(
-            ssm_state_indices=indices, num_accepted_tokens=accepted, cu_seqlens=cu_seqlens
-        )
-        if why is None and A_log is None:
-            why = calls.gates_reason(g, beta)
-        if why is None:
-            raise
-        return why
-    return o, state
+    return _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------

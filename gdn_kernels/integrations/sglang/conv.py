@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from gdn_kernels.integrations import _engine_calls as calls
 from gdn_kernels.integrations.sglang._plugin import CONV, DISPATCH, FLA, LINEAR, PROJECTIONS, plugin
 from gdn_kernels.ops import registry
@@ -26,12 +28,24 @@ def fused_gdn_gating(A_log, a, b, dt_bias, beta=1.0, threshold=20.0):
         return "another softplus"
     if a.dtype != b.dtype:
         return "a and b of two dtypes"
+    return _gates(A_log, a, b, dt_bias)
+
+
+@calls.repeatable
+def _gates(A_log: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dt_bias: torch.Tensor):
     return _gating(a[None], b[None], A_log, dt_bias)
 
 
 @plugin.place(f"{PROJECTIONS}.fused_qkvzba_split_reshape_cat", "split_qkvz_ba")
 def fused_qkvzba_split_reshape_cat(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v):
     """Interleaved projections: ``mixed_qkv [T, D]``, ``z [T, HV, V]``, ``b`` and ``a`` ``[T, HV]``."""
+    return _split(mixed_qkvz, mixed_ba, num_heads_qk, num_heads_v, head_qk, head_v)
+
+
+@calls.repeatable
+def _split(
+    mixed_qkvz: torch.Tensor, mixed_ba: torch.Tensor, num_heads_qk: int, num_heads_v: int, head_qk: int, head_v: int
+):
     return _split_qkvz_ba(
         mixed_qkvz,
         mixed_ba,
@@ -138,19 +152,33 @@ def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad
     """One or a few tokens a row, x ``[B, D]`` or ``[B, D, T]``, state in place."""
     if conv_state is None:
         return "no conv state"
-    width, drafted = weight.shape[1], x.dim() == 3
-    columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
-    options = calls.conv_options(activation, indices, pad_slot_id)
-    if accepted is not None:
-        options["num_accepted_tokens"] = accepted
     try:
-        tokens = x.mT if drafted else x
-        y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
+        return _updated(x, conv_state, weight, bias, activation, indices, accepted, pad_slot_id)
     except calls.REFUSALS:
         why = _update_reason(x, conv_state, weight, activation, conv_state_indices=indices)
         if why is None:
             raise
         return why
+
+
+@calls.repeatable
+def _updated(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: bool | str | None,
+    indices: torch.Tensor | None,
+    accepted: torch.Tensor | None,
+    pad_slot_id: int,
+):
+    width, drafted = weight.shape[1], x.dim() == 3
+    columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
+    options = calls.conv_options(activation, indices, pad_slot_id)
+    if accepted is not None:
+        options["num_accepted_tokens"] = accepted
+    tokens = x.mT if drafted else x
+    y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
     return y.mT if drafted else y
 
 
@@ -195,15 +223,17 @@ def causal_conv1d_update(
     if conv_state is None:
         return "no conv state"
     try:
-        return _causal_conv1d_verify(
-            x.mT,
+        return _verified(
+            x,
+            conv_state,
             weight,
             bias,
-            calls.conv_window(conv_state, weight.shape[1] - 1),
+            activation,
+            conv_state_indices,
             intermediate_conv_window,
-            intermediate_indices=intermediate_state_indices,
-            **calls.conv_options(activation, conv_state_indices, pad_slot_id),
-        ).mT
+            intermediate_state_indices,
+            pad_slot_id,
+        )
     except calls.REFUSALS:
         why = _update_reason(
             x,
@@ -216,6 +246,29 @@ def causal_conv1d_update(
         if why is None:
             raise
         return why
+
+
+@calls.repeatable
+def _verified(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: bool | str | None,
+    indices: torch.Tensor | None,
+    windows: torch.Tensor,
+    windows_indices: torch.Tensor | None,
+    pad_slot_id: int,
+):
+    return _causal_conv1d_verify(
+        x.mT,
+        weight,
+        bias,
+        calls.conv_window(conv_state, weight.shape[1] - 1),
+        windows,
+        intermediate_indices=windows_indices,
+        **calls.conv_options(activation, indices, pad_slot_id),
+    ).mT
 
 
 @plugin.place(f"{DISPATCH}.causal_conv1d_update", "causal_conv1d_update")

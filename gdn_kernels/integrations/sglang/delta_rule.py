@@ -182,6 +182,59 @@ def _update(
     """g and beta, or with ``A_log`` and ``dt_bias`` the raw a and b, which may be flat, ``[B * T, HV]``."""
     if state is None:
         return "no state"
+    try:
+        return _updated(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            state,
+            indices,
+            scale,
+            use_qk_l2norm,
+            cu_seqlens,
+            keep_state,
+            buffer,
+            buffer_indices,
+            steps,
+            parents,
+        )
+    except calls.REFUSALS:
+        why = calls.state_reason(state) or calls.index_reason(
+            indices=indices, buffer_indices=buffer_indices, parents=parents, cu_seqlens=cu_seqlens
+        )
+        if why is None and A_log is None:
+            why = calls.gates_reason(g, beta)
+        if why is None and buffer is not None and buffer.dtype not in calls.FLOATS:
+            why = "intermediate states of a dtype that is not built"
+        if why is None:
+            raise
+        return why
+
+
+@calls.repeatable
+def _updated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float | None,
+    use_qk_l2norm: bool,
+    cu_seqlens: torch.Tensor | None,
+    keep_state: bool,
+    buffer: torch.Tensor | None,
+    buffer_indices: torch.Tensor | None,
+    steps: int | None,
+    parents: torch.Tensor | None,
+):
     if buffer is None:
         if keep_state:
             return "drafts whose states are not kept"
@@ -204,25 +257,13 @@ def _update(
         g, beta = calls.packed_gates(g, k), calls.packed_gates(beta, k)
         if cu_seqlens is not None:
             options["cu_seqlens"] = cu_seqlens
-    try:
-        if buffer is None:
-            return _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
-        if buffer_indices is not None:
-            options["intermediate_indices"] = calls.first(buffer_indices, count)
-        if parents is not None:
-            options["parents"] = calls.first(parents, count)
-        return _verify(q, k, v, g, beta, state, buffer, calls.first(indices, count), **options)
-    except calls.REFUSALS:
-        why = calls.state_reason(state) or calls.index_reason(
-            indices=indices, buffer_indices=buffer_indices, parents=parents, cu_seqlens=cu_seqlens
-        )
-        if why is None and A_log is None:
-            why = calls.gates_reason(g, beta)
-        if why is None and buffer is not None and buffer.dtype not in calls.FLOATS:
-            why = "intermediate states of a dtype that is not built"
-        if why is None:
-            raise
-        return why
+    if buffer is None:
+        return _paged(q, k, v, g, beta, state, calls.first(indices, count), **options)
+    if buffer_indices is not None:
+        options["intermediate_indices"] = calls.first(buffer_indices, count)
+    if parents is not None:
+        options["parents"] = calls.first(parents, count)
+    return _verify(q, k, v, g, beta, state, buffer, calls.first(indices, count), **options)
 
 
 @plugin.place(f"{FLA}.fused_recurrent.fused_recurrent_gated_delta_rule", "recurrent_gated_delta_rule")
