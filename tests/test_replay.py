@@ -647,20 +647,22 @@ def test_signatures_are_bounded(ordinary, monkeypatch):
         assert torch.equal(norm(x, weight, None), norm(x, weight, None))
 
 
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(monkeypatch):
     # a CPU's tensors that say they are a GPU's, and an implementation that only counts
     calls = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setitem(registry._on_gpu, "l2norm", lambda *args, **kwargs: calls.append((args, kwargs)))
     l2norm, x = registry.direct("l2norm"), torch.ones(2, 64)
-
-    class Dispatched(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
-    class Function(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
 
     class Subclass(torch.Tensor):
         pass
@@ -779,14 +781,6 @@ def test_a_prepared_call_takes_the_ordinary_path_where_something_stands_between(
     prepare(x, state, None, size=4)
     prepare(x, state, None, size=4)
     assert len(calls) == len(compiled.calls) == 1
-
-    class Dispatched(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
-
-    class Function(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            return function(*args, **(kwargs or {}))
 
     for number, mode in enumerate((torch.enable_grad(), Dispatched(), Function()), start=2):
         with mode:

@@ -31,6 +31,7 @@ _layer_norm_gated_out = registry.direct("layer_norm_gated_out")
 _packed_decode = registry.direct("packed_decode")
 _packed_decode_out = registry.direct("packed_decode_out")
 _causal_conv1d = registry.direct("causal_conv1d")
+_causal_conv1d_update = registry.direct("causal_conv1d_update")
 
 
 def norm(
@@ -265,6 +266,35 @@ def conv_options(activation: bool | str | None, indices: torch.Tensor | None, pa
     if pad_slot_id != -1:
         options["pad_slot_id"] = pad_slot_id
     return options
+
+
+@repeatable
+def conv_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: bool | str | None,
+    indices: torch.Tensor | None,
+    accepted: torch.Tensor | None,
+    drafts: int | None,
+    pad_slot_id: int,
+) -> torch.Tensor:
+    """x ``[N, D]`` or ``[N, D, t]``, or with ``drafts`` ``[N * drafts, D]``: a new tensor, the state in place."""
+    tokens = x
+    columns = weight.shape[1] - 1
+    if drafts is not None:
+        tokens = x.view(-1, drafts, x.shape[1])
+    elif x.dim() == 3:
+        tokens = x.mT
+    options = conv_options(activation, indices, pad_slot_id)
+    if accepted is not None:
+        columns += 0 if tokens.dim() == 2 else tokens.shape[1] - 1
+        options["num_accepted_tokens"] = first(accepted, tokens.shape[0])
+    y = _causal_conv1d_update(tokens, weight, bias, conv_window(conv_state, columns), **options)
+    if drafts is not None:
+        return y.view_as(x)
+    return y.mT if x.dim() == 3 else y
 
 
 def conv_prefill(

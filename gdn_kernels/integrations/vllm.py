@@ -36,7 +36,6 @@ _METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
 #: vLLM's null block.
 NULL = 0
 
-_causal_conv1d_update = registry.direct("causal_conv1d_update")
 _paged = registry.direct("recurrent_gated_delta_rule_paged")
 
 
@@ -230,8 +229,14 @@ def causal_conv1d_update(
         return "no conv state"
     if out is not None:
         return "an out"
+    drafts = None
+    if query_start_loc is not None:
+        # Lengths are at most max_query_len, so this many tokens mean that all have it.
+        drafts = max_query_len
+        if conv_state_indices is None or x.shape[0] != conv_state_indices.shape[0] * drafts:
+            return "rows of unequal lengths"
     try:
-        return _updated_conv(
+        return calls.conv_update(
             x,
             conv_state,
             weight,
@@ -239,9 +244,8 @@ def causal_conv1d_update(
             activation,
             conv_state_indices,
             num_accepted_tokens,
-            query_start_loc,
-            max_query_len,
-            -1 if null_block_id is None else null_block_id,
+            drafts,
+            _slot(null_block_id),
         )
     except calls.REFUSALS:
         why = calls.conv_reason(x, weight, conv_state, activation) or calls.index_reason(
@@ -254,40 +258,6 @@ def causal_conv1d_update(
         if query_start_loc is None and x.dim() == 3 and x.stride(1) != 1 and x.shape[2] > 1:
             return "a time-last x"
         raise
-
-
-@calls.repeatable
-def _updated_conv(
-    x: torch.Tensor,
-    conv_state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: bool | str | None,
-    indices: torch.Tensor | None,
-    accepted: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    max_query_len: int,
-    pad_slot_id: int,
-):
-    width, drafts = weight.shape[1], 1
-    tokens = x
-    if offsets is not None:
-        # Lengths are at most max_query_len, so this many tokens mean that all have it.
-        drafts = max_query_len
-        if indices is None or x.shape[0] != indices.shape[0] * drafts:
-            return "rows of unequal lengths"
-        tokens = x.view(-1, drafts, x.shape[1])
-    elif x.dim() == 3:
-        drafts = x.shape[2]
-        tokens = x.mT
-    columns = width - 1 if accepted is None else width - 2 + drafts
-    options = calls.conv_options(activation, indices, pad_slot_id)
-    if accepted is not None:
-        options["num_accepted_tokens"] = calls.first(accepted, tokens.shape[0])
-    y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
-    if offsets is not None:
-        return y.view_as(x)
-    return y.mT if x.dim() == 3 else y
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from gdn_kernels.ops import registry
 
 _gating = registry.direct("gating")
 _split_qkvz_ba = registry.direct("split_qkvz_ba")
-_causal_conv1d_update = registry.direct("causal_conv1d_update")
 _causal_conv1d_verify = registry.direct("causal_conv1d_verify")
 
 #: Kernels that want contiguous q, k and v: imported only where a user has chosen one of them.
@@ -153,33 +152,12 @@ def _conv_update(x, conv_state, weight, bias, activation, indices, accepted, pad
     if conv_state is None:
         return "no conv state"
     try:
-        return _updated(x, conv_state, weight, bias, activation, indices, accepted, pad_slot_id)
+        return calls.conv_update(x, conv_state, weight, bias, activation, indices, accepted, None, pad_slot_id)
     except calls.REFUSALS:
         why = _update_reason(x, conv_state, weight, activation, conv_state_indices=indices)
         if why is None:
             raise
         return why
-
-
-@calls.repeatable
-def _updated(
-    x: torch.Tensor,
-    conv_state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: bool | str | None,
-    indices: torch.Tensor | None,
-    accepted: torch.Tensor | None,
-    pad_slot_id: int,
-):
-    width, drafted = weight.shape[1], x.dim() == 3
-    columns = width - 1 if accepted is None else width - 2 + (x.shape[2] if drafted else 1)
-    options = calls.conv_options(activation, indices, pad_slot_id)
-    if accepted is not None:
-        options["num_accepted_tokens"] = accepted
-    tokens = x.mT if drafted else x
-    y = _causal_conv1d_update(tokens, weight, bias, calls.conv_window(conv_state, columns), **options)
-    return y.mT if drafted else y
 
 
 def _update_reason(x, conv_state, weight, activation, **indices):
