@@ -685,6 +685,7 @@ def prepared(device, monkeypatch):
     """A function that prepares an operator call, on CPU tensors that say they are a GPU's; its calls; the kernel; and
     the operator."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setattr(replay, "_reasons", {})
     compiled, calls = Compiled(), []
 
     def recorded_alone():
@@ -757,8 +758,7 @@ def test_a_reason_is_returned_each_time_and_not_noted(prepared):
 
 
 @pytest.mark.parametrize("case", ["between-two-arguments", "one-argument-twice", "part-of-an-allocation"])
-def test_what_could_be_another_arguments_is_not_repeated(prepared, case, monkeypatch):
-    monkeypatch.setattr(replay, "_reasons", {})
+def test_what_could_be_another_arguments_is_not_repeated(prepared, case):
     prepare, calls, compiled, _ = prepared
     x, state, size = torch.zeros(4, 8), torch.zeros(4, 8), 4
     if case == "between-two-arguments":
