@@ -83,7 +83,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(replay, "_zeros", lambda shape, stride, dtype: torch.zeros(shape, dtype=dtype))
     monkeypatch.setattr(replay, "_reasons", {})
     monkeypatch.setattr(launch, "_forced_target", launch.Target("cuda", 90))
-    monkeypatch.setattr(launch, "replayable", lambda: replay.current() is None)
     monkeypatch.setattr(launch, "run", found.launch)
     yield found
     replay.forget()
