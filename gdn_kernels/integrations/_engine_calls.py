@@ -51,20 +51,18 @@ def norm(
         return "a norm without weight"
     if z is not None and z.dim() != x.dim() and (x.dim() != 2 or z.dim() != 3):
         return "a gate of another rank than [tokens, heads, N]"
-    in_place = out is x
-    options = None if in_place else out, in_place, eps, group_size, norm_before_gate, is_rms_norm, activation
+    options = eps, group_size, norm_before_gate, is_rms_norm, activation
     if not torch.compiler.is_compiling():
         try:
-            y = _norm(x, weight, bias, z, *options)
+            # one tensor in two places would not be repeated
+            y = _norm(x, weight, bias, z, None if out is x else out, out is x, *options)
             return y if out is None else out
         except (*REFUSALS, NotImplementedError):
             pass
     why = _norm_reason(x, z, group_size, activation, out)
     if why is not None:
         return why
-    if in_place:
-        options = out, False, *options[2:]  # of rows that are no rows, a copy is read
-    y = _normed(rows(x), rows(weight), rows(bias), rows(z), *options)
+    y = _normed(rows(x), rows(weight), rows(bias), rows(z), out, False, *options)
     return y if out is None else out
 
 
