@@ -63,6 +63,25 @@ MAX_GUARDS = 4
 
 _NOTHING = (None, None, None)
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Where torch does not say whether modes stand between, one may.
+_num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_is_function_mode_on = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: True)
+
+
+def is_straight(first: torch.Tensor) -> bool:
+    """Whether the dispatcher would take an operator's call, whose first argument this is, straight to its GPU
+    implementation: nothing traces or records it, no gradient is asked for, no mode or tensor subclass stands between.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(first) not in _PLAIN
+        or not first.is_cuda
+        or torch.is_grad_enabled()
+        or _num_modes()
+        or _is_function_mode_on()
+    )
+
 
 def current() -> Recording | None:
     """The recording under way in this thread."""
@@ -446,9 +465,8 @@ def dispatcher(schema: str, call: Callable[..., Any], replayable: Callable[[], b
 def repeatable(replayable: Callable[[], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: a function that prepares and makes one operator call is recorded and replayed together with it.
 
-    Only where the dispatcher would come straight to the operator's GPU implementation: nothing traces or records the
-    call, no gradient is asked for, and no mode or tensor subclass stands between. Then of what the function does before
-    and after the operator nothing is left but the shape of its results.
+    Only where :func:`is_straight`. Then of what the function does before and after the operator nothing is left but the
+    shape of its results.
 
     Its annotations say which arguments are tensors, ``torch.Tensor`` or ``torch.Tensor | None``; the first is one. What
     the function does must follow from its plain arguments and the tensors' dtypes, shapes, strides and devices, and all
@@ -469,22 +487,7 @@ def repeatable(replayable: Callable[[], bool]) -> Callable[[Callable[..., Any]],
             )
             for name, parameter in inspect.signature(function).parameters.items()
         ]
-        modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-        function_modes = getattr(torch._C, "_is_torch_function_mode_enabled", None)
-        if modes is None or function_modes is None:
-            return function
-        first = parameters[0].name
-        straight = {
-            "is_compiling": torch.compiler.is_compiling,
-            "plain_types": (torch.Tensor, torch.nn.Parameter),
-            "modes": modes,
-            "function_modes": function_modes,
-        }
-        otherwise = (
-            f"is_compiling() or type({first}) not in plain_types or not {first}.is_cuda or grad_enabled() or modes() "
-            "or function_modes()"
-        )
-        found = _recognised(function.__name__, parameters, function, replayable, otherwise, straight)
+        found = _recognised(function.__name__, parameters, function, replayable, is_straight)
         return functools.update_wrapper(found, function)
 
     return decorate
@@ -495,12 +498,11 @@ def _recognised(
     parameters: list[Parameter],
     call: Callable[..., Any],
     replayable: Callable[[], bool],
-    otherwise: str = "False",
-    names_of_otherwise: dict[str, Any] | None = None,
+    applies: Callable[[torch.Tensor], bool] | None = None,
 ) -> Callable[..., Any]:
-    """``call`` as :func:`dispatcher` says; where the expression ``otherwise`` holds nothing is looked at."""
+    """``call`` as :func:`dispatcher` says; where there is ``applies``, only if that holds for the first argument."""
     taken, given, plain, facts, grads, lines, tensors, guarded = [], [], [], [], [], [], [], []
-    constants: dict[str, Any] = dict(names_of_otherwise or {})
+    constants: dict[str, Any] = {"applies": applies}
     for parameter in parameters:
         this = parameter.name
         if parameter.is_keyword and "*" not in taken:
@@ -542,7 +544,7 @@ def _recognised(
     source = f"""
 def make(call, record, remember, replayable, known, last, grad_enabled, {", ".join(constants)}):
     def implementation({", ".join(taken)}):
-        if {otherwise}:
+        if {f"not applies({tensors[0]})" if applies else False}:
             return call({", ".join(given)})
         {body}
         plain = ({", ".join(plain)}{"," if plain else ""})

@@ -95,27 +95,13 @@ def define(
 def direct(name: str) -> Call:
     """The operator ``name``, called without the dispatcher where that would come straight to its GPU implementation.
 
-    So nothing traces or records the call, no gradient is asked for, and no mode or tensor subclass stands between. The
-    dispatcher takes 4 to 7 us a call for a wide schema (H100 host and a CPU machine, torch 2.11 and 2.13).
+    :func:`replay.is_straight` says where. The dispatcher takes 4 to 7 us a call for a wide schema (H100 host and a CPU
+    machine, torch 2.11 and 2.13).
     """
     operator, implementation = getattr(torch.ops.gdn, name).default, _on_gpu[name]
-    plain = (torch.Tensor, torch.nn.Parameter)
-    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    function_modes = getattr(torch._C, "_is_torch_function_mode_enabled", None)
-    if modes is None or function_modes is None:
-        return operator
 
     def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or type(first) not in plain
-            or not first.is_cuda
-            or torch.is_grad_enabled()
-            or modes()
-            or function_modes()
-        ):
-            return operator(first, *args, **kwargs)
-        return implementation(first, *args, **kwargs)
+        return (implementation if replay.is_straight(first) else operator)(first, *args, **kwargs)
 
     return call
 
