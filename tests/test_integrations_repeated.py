@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import engine_cases
+import replay_support
 from engine_cases import QWEN3_NEXT, Inputs, Shapes
 
 from gdn_kernels import launch, replay
@@ -75,12 +76,8 @@ class Launches:
 def launches(monkeypatch):
     """CPU tensors that say they are a GPU's; what they would launch there."""
     found = Launches()
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
-    monkeypatch.setattr(replay, "_empty_on_current_device", None)
-    monkeypatch.setattr(replay, "_empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
-    monkeypatch.setattr(replay, "_zeros", lambda shape, stride, dtype: torch.zeros(shape, dtype=dtype))
+    replay_support.stand_in_for_a_device(monkeypatch)
+    replay_support.say_on_gpu(monkeypatch)
     monkeypatch.setattr(replay, "_reasons", {})
     monkeypatch.setattr(launch, "_forced_target", launch.Target("cuda", 90))
     monkeypatch.setattr(launch, "run", found.launch)

@@ -11,6 +11,7 @@ import weakref
 
 import operator_cases
 import pytest
+import replay_support
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,12 +27,7 @@ from gdn_kernels.ops import registry
 
 @pytest.fixture
 def device(monkeypatch):
-    """The functions of a CUDA build that a replay asks; a CPU tensor's device has the number -1."""
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
-    monkeypatch.setattr(replay, "_empty_on_current_device", None)
-    monkeypatch.setattr(replay, "_empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
-    monkeypatch.setattr(replay, "_zeros", lambda shape, stride, dtype: torch.zeros(shape, dtype=dtype))
+    replay_support.stand_in_for_a_device(monkeypatch)
 
 
 class Compiled:
@@ -660,7 +656,7 @@ class Function(TorchFunctionMode):
 def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(monkeypatch):
     # a CPU's tensors that say they are a GPU's, and an implementation that only counts
     calls = []
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    replay_support.say_on_gpu(monkeypatch)
     monkeypatch.setitem(registry._on_gpu, "l2norm", lambda *args, **kwargs: calls.append((args, kwargs)))
     l2norm, x = registry.direct("l2norm"), torch.ones(2, 64)
 
@@ -684,7 +680,7 @@ def test_a_direct_call_leaves_out_the_dispatcher_only_where_nothing_is_between(m
 def prepared(device, monkeypatch):
     """A function that prepares an operator call, on CPU tensors that say they are a GPU's; its calls; the kernel; and
     the operator."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    replay_support.say_on_gpu(monkeypatch)
     monkeypatch.setattr(replay, "_reasons", {})
     compiled, calls = Compiled(), []
 
