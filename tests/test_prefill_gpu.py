@@ -251,6 +251,30 @@ def test_a_program_of_either_size_gives_the_same_bits():
         assert torch.equal(o, found[0][0]) and torch.equal(state, found[0][1])
 
 
+@pytest.mark.parametrize("is_raw", [False, True])
+@pytest.mark.parametrize("ratio", [2, 3, 4, 5, 7])
+def test_heads_whose_gates_are_loaded_together_have_the_bits_of_one_alone(ratio, is_raw):
+    # so many chunks that a program of the inverses takes several value heads; of a sequence alone it takes one
+    lengths = [(37 * i) % 129 for i in range(200)]
+    inputs = delta_inputs(lengths, H=2, HV=2 * ratio, K=128, V=64, dtype=torch.bfloat16, device="cuda", padding=70)
+    options = {}
+    if is_raw:
+        random = torch.Generator("cuda").manual_seed(7)
+        A_log, dt_bias = torch.randn(2, 2 * ratio, generator=random, device="cuda")
+        options = {"use_qk_l2norm": True, "A_log": A_log, "dt_bias": dt_bias}
+        inputs = dataclasses.replace(inputs, g=inputs.g.bfloat16(), beta=inputs.beta.bfloat16())
+    o, state = run(inputs, **options)
+    for n in (1, 2, 100, 198, 199):
+        rows = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
+        tensors = [x[:, rows].contiguous() for x in inputs.tensors]
+        offsets = torch.tensor([0, lengths[n]], dtype=torch.int32, device="cuda")
+        alone = gdn_kernels.chunk_gated_delta_rule(
+            *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets, **options
+        )
+        assert torch.equal(o[:, rows], alone[0]) and torch.equal(state[n], alone[1][0]), n
+    assert not o[:, inputs.real_tokens :].any()
+
+
 @pytest.mark.parametrize("size", ["narrow", "wide"])
 def test_a_program_walks_many_short_sequences(size):
     # far more states than SMs: copies run ahead into the next sequence, over empty ones and those without a slot

@@ -69,6 +69,7 @@ SOLVED_PAIRS = gl.constexpr(
 _store = chunk_hopper._store
 load_rows = chunk_hopper.load_rows
 opaque = chunk_hopper.opaque
+_barrier = chunk_hopper._barrier
 chunk_of = gluon.jit(chunk_prep.chunk_of.fn)
 number_of_long = gluon.jit(chunk_segments.number_of_long.fn)
 slots = gluon.jit(recurrent.slots.fn)
@@ -337,6 +338,24 @@ def write_rank(order_ptr, cu_seqlens_ptr, n, N):
 
 
 @gluon.jit
+def gates_of_heads(row_ptr, stride_t, left_over, first_head, heads, WIDTH: gl.constexpr):
+    """Gates, or beta, of a chunk's tokens and of WIDTH value heads from ``first_head`` on, side by side."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // WIDTH, WIDTH], [1, 1], [1, 0])
+    token = gl.arange(0, C, gl.SliceLayout(1, layout))[:, None]
+    head = first_head + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    mask = (token < left_over) & (head < heads)
+    return gl.load(row_ptr + token * stride_t + head, mask=mask, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def store_by_head(tile, factor_ptr, first_head, heads, FACTORS: gl.constexpr):
+    """Store them head by head, where a row of each head's factors will be."""
+    token = gl.arange(0, C, gl.SliceLayout(1, tile.type.layout))[:, None]
+    head = first_head + gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))[None, :]
+    gl.store(factor_ptr + head * (FACTORS * C) + token, tile, mask=(head < heads) & (token >= 0))
+
+
+@gluon.jit
 def gates_and_beta(g, b, valid, A_log_ptr, dt_bias_ptr, hv, beta_scale, IS_RAW_GATE: gl.constexpr):
     """One head's gates, summed within the chunk, in log2, and beta; of what was loaded for both."""
     g = g.to(gl.float32)
@@ -421,6 +440,8 @@ def hopper_inverse_kernel(
         place = num_places - 1 - place
     place = place.to(gl.int64)
     h = hv0 // (HV // H)
+    # value heads whose gates are loaded at once
+    WIDTH: gl.constexpr = HV // H if HV // H < 3 else 4
     wait_for_inputs(PDL)
 
     end = place * 0
@@ -456,8 +477,16 @@ def hopper_inverse_kernel(
         valid = token < left_over
         g_row = g_ptr + (batch * stride_g_b + first * stride_g_t + hv0)
         beta_row = beta_ptr + (batch * stride_beta_b + first * stride_beta_t + hv0)
-        g = gl.load(g_row + token * stride_g_t, mask=valid, other=0.0)
-        beta = gl.load(beta_row + token * stride_beta_t, mask=valid, other=0.0)
+        # A head's gates lie in 64 lines, of which 32 bytes are loaded each. Loads of them for every head alone kept the
+        # shared memory of all warps waiting. So those of several heads are loaded at once, written to where their
+        # factors will be, and read from there head by head
+        head_ptr = factor_ptr + (place * HV + hv0) * (FACTORS * C)
+        together = gl.where(heads > 1, heads, 0)
+        g_tile = gates_of_heads(g_row, stride_g_t, left_over, 0, together, WIDTH)
+        beta_tile = gates_of_heads(beta_row, stride_beta_t, left_over, 0, together, WIDTH)
+        alone = valid & (heads == 1)
+        g = gl.load(g_row + token * stride_g_t, mask=alone, other=0.0).to(gl.float32)
+        beta = gl.load(beta_row + token * stride_beta_t, mask=alone, other=0.0).to(gl.float32)
 
         norm_q = gl.full([C], 1.0, gl.float32, TOKENS)
         if FACTORS > 2:
@@ -480,8 +509,18 @@ def hopper_inverse_kernel(
         A31 = gl.zeros([B, B], gl.float32, RESULT)
         A32 = gl.zeros([B, B], gl.float32, RESULT)
         A33 = gl.zeros([B, B], gl.float32, RESULT)
-        gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, hv0, beta_scale, IS_RAW_GATE)
         mbarrier.wait(ready, 0)
+        if heads > 1:
+            store_by_head(g_tile, head_ptr, 0, heads, FACTORS)
+            store_by_head(beta_tile, head_ptr + C, 0, heads, FACTORS)
+            for i in range(WIDTH, heads, WIDTH):
+                g_tile = gates_of_heads(g_row, stride_g_t, left_over, i, heads, WIDTH)
+                beta_tile = gates_of_heads(beta_row, stride_beta_t, left_over, i, heads, WIDTH)
+                store_by_head(g_tile, head_ptr, i, heads, FACTORS)
+                store_by_head(beta_tile, head_ptr + C, i, heads, FACTORS)
+            _barrier()
+            g = gl.load(head_ptr + token)
+            beta = gl.load(head_ptr + C + token)
         for s in gl.static_range(K // STEP):
             k0_s = k_s.index(s).slice(0, B)
             k1_s = k_s.index(s).slice(16, B)
@@ -505,6 +544,7 @@ def hopper_inverse_kernel(
             other = k3_s.permute((1, 0)).load(RIGHT)
             A33 = mma_v2(k3, other, A33)
 
+        gates, b = gates_and_beta(g, beta, valid, A_log_ptr, dt_bias_ptr, hv0, beta_scale, IS_RAW_GATE)
         norm_k = gl.full([C], 1.0, gl.float32, TOKENS)
         if USE_QK_L2NORM:
             r = gl.arange(0, B, ROWS)[:, None]
@@ -567,9 +607,9 @@ def hopper_inverse_kernel(
             if FACTORS > 2:
                 gl.store(factor_ptrs + 2 * C, norm_q)
             # of the next head: they are on their way while this one is worked on, and so is their chain of sums
-            more = (again < left_over) & (each + 1 < heads)
-            g = gl.load(g_row + (each + 1) + again * stride_g_t, mask=more, other=0.0)
-            beta = gl.load(beta_row + (each + 1) + again * stride_beta_t, mask=more, other=0.0)
+            more = (again < C) & (each + 1 < heads)
+            g = gl.load(factor_ptrs + FACTORS * C, mask=more, other=0.0)
+            beta = gl.load(factor_ptrs + (FACTORS + 1) * C, mask=more, other=0.0)
             first_1 = first_of(gates_s, 1)
             first_2 = first_of(gates_s, 2)
             first_3 = first_of(gates_s, 3)
