@@ -3,7 +3,7 @@
 Importing the package registers the operators. It needs no GPU, imports no Triton and reads no environment variable.
 """
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 
 from gdn_kernels import graphs, launch, nn
 from gdn_kernels.ops import (
