@@ -28,6 +28,15 @@ def run(inputs, **options):
     )
 
 
+def one_of(inputs, n):
+    """Rows of sequence ``n``, and the sequence by itself."""
+    start, end = inputs.cu_seqlens[n : n + 2].tolist()
+    rows = slice(start, end)
+    alone = {name: getattr(inputs, name)[:, rows].contiguous() for name in ("q", "k", "v", "g", "beta")}
+    alone["cu_seqlens"] = torch.tensor([0, end - start], dtype=torch.int32, device="cuda")
+    return rows, dataclasses.replace(inputs, initial_state=inputs.initial_state[n : n + 1], **alone)
+
+
 def check(inputs, o, state):
     wanted_o, wanted_state = oracle(inputs, initial_state=inputs.initial_state)
     real = inputs.real_tokens
@@ -111,19 +120,13 @@ def test_a_sequence_has_the_same_bits_in_any_batch(kernel):
         again = run(inputs)
         assert torch.equal(o, again[0]) and torch.equal(state, again[1])
         check(inputs, o, state)
-        start = 0
-        for n, length in enumerate(lengths):
-            rows = slice(start, start + length)
-            tensors = [x[:, rows].contiguous() for x in inputs.tensors]
-            offsets = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-            alone = gdn_kernels.chunk_gated_delta_rule(
-                *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets
-            )
+        for n in range(len(lengths)):
+            rows, one = one_of(inputs, n)
+            alone = run(one)
             assert torch.equal(o[:, rows], alone[0]), n
             assert torch.equal(state[n], alone[1][0]), n
-            whole = gdn_kernels.chunk_gated_delta_rule(*tensors, initial_state=inputs.initial_state[n : n + 1])
+            whole = run(dataclasses.replace(one, cu_seqlens=None))
             assert torch.equal(alone[0], whole[0]) and torch.equal(alone[1], whole[1]), n
-            start += length
 
 
 @pytest.mark.parametrize("V", [64, 128])
@@ -137,17 +140,10 @@ def test_more_sequences_than_programs_have_their_own_results(cut, V):
     with launch.pinned("chunk_segments", SEGMENTS if cut else launch.NO_SEGMENTS):
         o, state = run(inputs)
         check(inputs, o, state)
-        start = 0
-        for n, length in enumerate(lengths):
-            if n in (1, 40, 41, 77, 148, 149):
-                rows = slice(start, start + length)
-                tensors = [x[:, rows].contiguous() for x in inputs.tensors]
-                offsets = torch.tensor([0, length], dtype=torch.int64, device="cuda")
-                alone = gdn_kernels.chunk_gated_delta_rule(
-                    *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets
-                )
-                assert torch.equal(o[:, rows], alone[0]) and torch.equal(state[n], alone[1][0]), n
-            start += length
+        for n in (1, 40, 41, 77, 148, 149):
+            rows, one = one_of(inputs, n)
+            alone = run(dataclasses.replace(one, cu_seqlens=one.cu_seqlens.long()))
+            assert torch.equal(o[:, rows], alone[0]) and torch.equal(state[n], alone[1][0]), n
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -265,12 +261,8 @@ def test_heads_whose_gates_are_loaded_together_have_the_bits_of_one_alone(ratio,
         inputs = dataclasses.replace(inputs, g=inputs.g.bfloat16(), beta=inputs.beta.bfloat16())
     o, state = run(inputs, **options)
     for n in (1, 2, 100, 198, 199):
-        rows = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
-        tensors = [x[:, rows].contiguous() for x in inputs.tensors]
-        offsets = torch.tensor([0, lengths[n]], dtype=torch.int32, device="cuda")
-        alone = gdn_kernels.chunk_gated_delta_rule(
-            *tensors, initial_state=inputs.initial_state[n : n + 1], cu_seqlens=offsets, **options
-        )
+        rows, one = one_of(inputs, n)
+        alone = run(one, **options)
         assert torch.equal(o[:, rows], alone[0]) and torch.equal(state[n], alone[1][0]), n
     assert not o[:, inputs.real_tokens :].any()
 
